@@ -1,0 +1,173 @@
+//! What a client asks of an edge.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    ErrorBody, ErrorCode, Payload,
+    limits::{MAX_ACK_RANGES, MAX_CREDIT, MAX_SAFE_INTEGER, MAX_TOKEN_BYTES},
+    names::{self, NameError},
+    payload::PayloadError,
+};
+
+/// A command with the number that its reply will carry.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Envelope {
+    /// Chosen by the client. Without it a command gets no reply, unless it fails.
+    pub id: Option<u64>,
+    /// The command.
+    pub command: Command,
+}
+
+/// What a client can ask.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Command {
+    /// The empty envelope; answered by another.
+    Ping,
+    /// Who the client is; always first.
+    Hello(Hello),
+    /// Receive a channel's messages.
+    Subscribe(Subscribe),
+    /// Stop receiving them.
+    Unsubscribe(Unsubscribe),
+    /// Publish to a channel.
+    Publish(Publish),
+    /// Settle inbox messages.
+    Ack(Ack),
+    /// How many inbox messages may be in flight.
+    Credit(Credit),
+}
+
+/// `hello`: always the first command.
+#[derive(Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    /// May be left out when the handshake carried one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub token: Option<String>,
+    /// Stable name of the user's device; empty when it does not matter.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub device: String,
+    /// Name and version of the client, for logs.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub client: String,
+    /// Inbox messages that may be in flight. 0: this connection does not take part in the user's inbox.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub credit: Option<u32>,
+}
+
+impl std::fmt::Debug for Hello {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Hello")
+            .field("token", &self.token.as_ref().map(|_| "<redacted>"))
+            .field("device", &self.device)
+            .field("client", &self.client)
+            .field("credit", &self.credit)
+            .finish()
+    }
+}
+
+/// `subscribe`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Subscribe {
+    /// The channel.
+    pub channel: String,
+}
+
+/// `unsubscribe`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Unsubscribe {
+    /// The channel.
+    pub channel: String,
+}
+
+/// `publish`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Publish {
+    /// The channel.
+    pub channel: String,
+    /// The message.
+    pub payload: Payload,
+    /// A second publish with the same key to the same channel within five minutes gets the first answer.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub dedupe: String,
+}
+
+/// `ack`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ack {
+    /// Inclusive ranges of inbox seq, `[from, to]` each.
+    pub ranges: Vec<(u64, u64)>,
+}
+
+/// `credit`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Credit {
+    /// 1 to [`MAX_CREDIT`].
+    pub n: u32,
+}
+
+impl From<NameError> for ErrorBody {
+    fn from(error: NameError) -> Self {
+        ErrorBody::new(ErrorCode::BadRequest, error.to_string())
+    }
+}
+
+impl From<PayloadError> for ErrorBody {
+    fn from(error: PayloadError) -> Self {
+        let code = match error {
+            PayloadError::TooLarge(_) => ErrorCode::PayloadTooLarge,
+            PayloadError::Missing | PayloadError::NotJson(_) => ErrorCode::BadRequest,
+        };
+        ErrorBody::new(code, error.to_string())
+    }
+}
+
+impl Command {
+    /// Checks every bound that does not depend on the connection.
+    ///
+    /// # Errors
+    /// Names the field, what was wrong and what would be right.
+    pub fn check(&self) -> Result<(), ErrorBody> {
+        let bad = |message: String| Err(ErrorBody::new(ErrorCode::BadRequest, message));
+        match self {
+            Command::Ping => Ok(()),
+            Command::Hello(hello) => {
+                names::check_optional("device", &hello.device)?;
+                names::check_optional("client", &hello.client)?;
+                match (&hello.token, hello.credit) {
+                    (Some(token), _) if token.len() > MAX_TOKEN_BYTES => {
+                        bad(format!("token has {} bytes; at most {MAX_TOKEN_BYTES} are allowed", token.len()))
+                    }
+                    (_, Some(n)) if n > MAX_CREDIT => {
+                        bad(format!("credit is {n}; 0 to {MAX_CREDIT} are allowed"))
+                    }
+                    _ => Ok(()),
+                }
+            }
+            Command::Subscribe(Subscribe { channel }) | Command::Unsubscribe(Unsubscribe { channel }) => {
+                Ok(names::check("channel", channel)?)
+            }
+            Command::Publish(publish) => {
+                names::check("channel", &publish.channel)?;
+                names::check_optional("dedupe", &publish.dedupe)?;
+                Ok(publish.payload.check()?)
+            }
+            Command::Ack(ack) => check_ranges(&ack.ranges).or_else(bad),
+            Command::Credit(Credit { n }) if *n == 0 || *n > MAX_CREDIT => {
+                bad(format!("n is {n}; 1 to {MAX_CREDIT} are allowed"))
+            }
+            Command::Credit(_) => Ok(()),
+        }
+    }
+}
+
+fn check_ranges(ranges: &[(u64, u64)]) -> Result<(), String> {
+    if ranges.is_empty() || ranges.len() > MAX_ACK_RANGES {
+        return Err(format!("ranges has {} entries; 1 to {MAX_ACK_RANGES} are allowed", ranges.len()));
+    }
+    match ranges.iter().find(|(from, to)| *from == 0 || from > to || *to > MAX_SAFE_INTEGER) {
+        Some((from, to)) => {
+            Err(format!("range [{from},{to}] is not one; a range is [from, to] with 1 ≤ from ≤ to < 2⁵³"))
+        }
+        None => Ok(()),
+    }
+}

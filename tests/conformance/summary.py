@@ -1,0 +1,29 @@
+"""Prints the failed cases of a conformance report and the line "N passed, N failed"."""
+
+import json
+import sys
+
+PASSED = {"OK", "NON-STRICT", "INFORMATIONAL"}
+
+
+def main(path: str) -> int:
+    with open(path, encoding="utf-8") as file:
+        agents = json.load(file)
+    passed = failed = 0
+    for cases in agents.values():
+        for case, result in cases.items():
+            behavior, close = result["behavior"], result["behaviorClose"]
+            if behavior in PASSED and close in PASSED:
+                passed += 1
+            else:
+                failed += 1
+                print(f"case {case}: {behavior}, closing {close}")
+    if passed + failed == 0:
+        print("the report holds no case", file=sys.stderr)
+        return 2
+    print(f"{passed} passed, {failed} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,302 @@
+//! The edge's composition root: binds a listener for each shard, starts the shards and the tasks upstream.
+
+use std::{
+    net::{SocketAddr, TcpListener as StdListener},
+    rc::Rc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use prometheus_client::registry::Registry;
+use sanjay_runtime::{
+    Context, grpc,
+    lifecycle::Tracked,
+    mailbox::{self, mailbox},
+};
+use sanjay_websocket::serve_upgrade;
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    runtime::LocalOptions,
+    sync::{Semaphore, mpsc},
+    task::spawn_local,
+    time::{sleep, timeout},
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    Config,
+    config::MAX_SHARDS,
+    connection::session,
+    metrics::{Metrics, RefusalLabel},
+    shard::{Common, Shard, Upstream},
+    upgrade::{Refusal, decide},
+    upstream::{
+        ShardEvent, inbox,
+        lane::Lane,
+        link::{self, Parts},
+        shards::{Replies, Shards},
+    },
+    verifier::Hs256,
+};
+
+/// Requests that may wait for the control runtime before sockets are not read any more.
+const LANE: usize = 16_384;
+
+/// Handshakes that a shard has under way; more wait in the listener's backlog.
+const HANDSHAKES: usize = 1_024;
+
+/// Connections that wait for a shard to accept them.
+const BACKLOG: i32 = 8_192;
+
+/// How long a router or delivery node has to accept a connection.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// How long connections have to say goodbye at shutdown.
+const DRAIN: Duration = Duration::from_secs(3);
+
+/// Starts an edge on `listener`, which only claims the address: each shard opens a listener of its own beside it.
+///
+/// # Errors
+/// When the address, the router's or delivery's URL cannot be used, or a thread cannot be started.
+pub async fn start(
+    config: Config,
+    listener: StdListener,
+    context: Context,
+    registry: &mut Registry,
+) -> anyhow::Result<()> {
+    let address = listener.local_addr().context("the edge's listener has no address")?;
+    drop(listener);
+    let shards = shard_count(config.shards);
+    let listeners = (0..shards).map(|_| reuse_port(address)).collect::<anyhow::Result<Vec<_>>>()?;
+    let metrics = Arc::new(Metrics::register(registry));
+    let common = Arc::new(Common {
+        verifier: Arc::new(Hs256::new(config.token_secret.clone())),
+        clock: Arc::clone(&context.clock),
+        random: Arc::clone(&context.random),
+        metrics: Arc::clone(&metrics),
+        connections: AtomicUsize::new(0),
+        config,
+    });
+
+    let (link_sender, link_requests) = mpsc::channel(LANE);
+    let (read_sender, read_requests) = mpsc::channel(LANE);
+    let (ack_sender, ack_requests) = mpsc::channel(LANE);
+    let mailboxes: Vec<_> = (0..shards).map(|_| mailbox(common.config.shard_queue)).collect();
+    let (senders, receivers): (Vec<_>, Vec<_>) = mailboxes.into_iter().unzip();
+    let replies = Replies::new(senders);
+    for ((number, listener), events) in (0..).zip(listeners).zip(receivers) {
+        let upstream = (link_sender.clone(), read_sender.clone(), ack_sender.clone());
+        start_shard(number, Arc::clone(&common), upstream, listener, events, &context)?;
+    }
+    start_upstream(&common, &context, replies, (link_requests, read_requests, ack_requests))
+}
+
+type Senders = (
+    mpsc::Sender<crate::upstream::LinkRequest>,
+    mpsc::Sender<crate::upstream::ReadRequest>,
+    mpsc::Sender<crate::upstream::AckRequest>,
+);
+
+type Receivers = (
+    mpsc::Receiver<crate::upstream::LinkRequest>,
+    mpsc::Receiver<crate::upstream::ReadRequest>,
+    mpsc::Receiver<crate::upstream::AckRequest>,
+);
+
+fn start_upstream(
+    common: &Arc<Common>,
+    context: &Context,
+    replies: Replies,
+    (link_requests, reads, acks): Receivers,
+) -> anyhow::Result<()> {
+    let config = &common.config;
+    let connect = |url: &str| grpc::connect_lazy(url, &context.cluster_key, CONNECT_TIMEOUT);
+    // Reads and acks use a connection each, so that large pages do not delay acks.
+    let (router, reading, acking) =
+        (connect(&config.router)?, connect(&config.delivery)?, connect(&config.delivery)?);
+    let node = match config.node.as_str() {
+        "" => format!("edge-{:08x}", context.random.next_u64() >> 32),
+        node => node.to_owned(),
+    };
+    let metrics = &common.metrics;
+    context.lifecycle.spawn(
+        "edge: router link",
+        link::run(Parts {
+            node,
+            incarnation: context.random.next_u64(),
+            channel: router,
+            requests: link_requests,
+            shards: Shards::new(replies.clone(), Arc::clone(metrics)),
+            random: Arc::clone(&context.random),
+            ready: context.readiness.register("edge: router"),
+            metrics: Arc::clone(metrics),
+        }),
+    );
+    context
+        .lifecycle
+        .spawn("edge: inbox reads", inbox::read(reading, reads, replies.clone(), Arc::clone(metrics)));
+    context.lifecycle.spawn(
+        "edge: inbox acks",
+        inbox::ack(acking, acks, replies.clone(), Arc::clone(&context.random), Arc::clone(metrics)),
+    );
+    let soft = context.lifecycle.soft();
+    context.lifecycle.spawn("edge: drain", async move {
+        soft.cancelled().await;
+        replies.tell_all(|| ShardEvent::Drain);
+    });
+    Ok(())
+}
+
+fn shard_count(configured: usize) -> usize {
+    let count = match configured {
+        0 => std::thread::available_parallelism().map_or(1, usize::from),
+        count => count,
+    };
+    count.clamp(1, MAX_SHARDS)
+}
+
+/// A listener that shares its address with those of the other shards; the kernel spreads connections over them.
+fn reuse_port(address: SocketAddr) -> anyhow::Result<StdListener> {
+    let open = || -> std::io::Result<StdListener> {
+        let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+        socket.set_reuse_address(true)?;
+        socket.set_reuse_port(true)?;
+        socket.set_nonblocking(true)?;
+        socket.bind(&address.into())?;
+        socket.listen(BACKLOG)?;
+        Ok(socket.into())
+    };
+    open().with_context(|| format!("cannot listen on {address}; another process may have taken it just now"))
+}
+
+fn start_shard(
+    number: u16,
+    common: Arc<Common>,
+    (link, reads, acks): Senders,
+    listener: StdListener,
+    events: mailbox::Receiver<ShardEvent>,
+    context: &Context,
+) -> anyhow::Result<()> {
+    let tracked = context.lifecycle.track("edge: shard");
+    let soft = context.lifecycle.soft();
+    let (started, outcome) = std::sync::mpsc::sync_channel(1);
+    let run = move || {
+        let guard = AbortOnPanic { tracked: Some(tracked) };
+        // A local runtime cannot move between threads, so the shard's own thread makes it.
+        let builder =
+            tokio::runtime::Builder::new_current_thread().enable_all().build_local(LocalOptions::default());
+        match builder {
+            Ok(runtime) => {
+                let _ = started.send(Ok(()));
+                runtime.block_on(async move {
+                    let upstream =
+                        Upstream { link: Lane::new(link), reads: Lane::new(reads), acks: Lane::new(acks) };
+                    let shard = Shard::<TcpStream>::new(number, common, upstream);
+                    run_shard(shard, listener, events, soft).await;
+                });
+            }
+            Err(error) => {
+                let _ = started.send(Err(error));
+            }
+        }
+        guard.end();
+    };
+    std::thread::Builder::new()
+        .name(format!("shard-{number}"))
+        .spawn(run)
+        .context("cannot start a thread for a shard")?;
+    outcome.recv().context("a shard's thread ended at once")?.context("cannot start a runtime for a shard")
+}
+
+/// A shard that panics leaves its sockets without anyone who serves them: the process ends, and clients go elsewhere.
+struct AbortOnPanic {
+    tracked: Option<Tracked>,
+}
+
+impl AbortOnPanic {
+    fn end(mut self) {
+        self.tracked = None;
+    }
+}
+
+impl Drop for AbortOnPanic {
+    fn drop(&mut self) {
+        if self.tracked.is_some() {
+            tracing::error!(
+                "a shard of the edge panicked; the process aborts so that its clients go elsewhere"
+            );
+            std::process::abort();
+        }
+    }
+}
+
+async fn run_shard(
+    shard: Rc<Shard<TcpStream>>,
+    listener: StdListener,
+    events: mailbox::Receiver<ShardEvent>,
+    soft: CancellationToken,
+) {
+    let accepting = spawn_local(accept(Rc::clone(&shard), listener));
+    let ticking = spawn_local(Rc::clone(&shard).tick());
+    let running = spawn_local(Rc::clone(&shard).run(events));
+    soft.cancelled().await;
+    accepting.abort();
+    let emptied = async {
+        while !shard.is_empty() {
+            sleep(Duration::from_millis(20)).await;
+        }
+    };
+    let _ = timeout(DRAIN, emptied).await;
+    running.abort();
+    ticking.abort();
+}
+
+async fn accept(shard: Rc<Shard<TcpStream>>, listener: StdListener) {
+    let listener = match TcpListener::from_std(listener) {
+        Ok(listener) => listener,
+        Err(error) => {
+            return tracing::error!(%error, "a shard cannot use its listener; it accepts nothing");
+        }
+    };
+    let handshakes = Arc::new(Semaphore::new(HANDSHAKES));
+    loop {
+        let Ok(permit) = Arc::clone(&handshakes).acquire_owned().await else { return };
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                let shard = Rc::clone(&shard);
+                spawn_local(async move {
+                    let _permit = permit;
+                    handshake(shard, stream).await;
+                });
+            }
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept a connection; if files ran out, raise the limit (ulimit -n)");
+                sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
+}
+
+/// Upgrades a connection and starts its session as a task of its own, so that nothing of the handshake stays.
+async fn handshake(shard: Rc<Shard<TcpStream>>, stream: TcpStream) {
+    // Without it the kernel may hold small frames back; a failure costs only latency.
+    let _ = stream.set_nodelay(true);
+    let common = &shard.common;
+    let limit = common.config.upgrade_timeout();
+    let upgrade = serve_upgrade(stream, limit, |request| {
+        let has_room = common.connections.load(Ordering::Relaxed) < common.config.max_connections;
+        decide(request, &common.config.allowed_origins, has_room).inspect_err(|refusal: &Refusal| {
+            let status = refusal.status().as_u16();
+            common.metrics.refused.get_or_create(&RefusalLabel { status }).inc();
+        })
+    });
+    let Ok(Some(accepted)) = timeout(limit, upgrade).await else { return };
+    common.connections.fetch_add(1, Ordering::Relaxed);
+    let conn = shard.add(accepted.io, accepted.context.token);
+    spawn_local(session::run(Rc::clone(&shard), conn, accepted.leftover.to_vec()));
+}

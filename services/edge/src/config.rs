@@ -1,0 +1,147 @@
+//! What can be set of an edge.
+
+use std::time::Duration;
+
+use sanjay_runtime::{ConfigError, Secret, Validate};
+use serde::Deserialize;
+
+/// Section `edge` of the configuration.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Where clients connect: `host:port`; port 0 picks a free one.
+    pub listen: String,
+    /// Name of this edge, unique in the cluster. Empty: `edge-` and a random part.
+    pub node: String,
+    /// Where the router listens: `http://host:port`.
+    pub router: String,
+    /// Where delivery listens: `http://host:port`.
+    pub delivery: String,
+    /// The secret that signs clients' tokens (HS256), at least 32 bytes.
+    pub token_secret: Secret,
+    /// Threads that own connections, 1 to 64. 0: one for each core.
+    pub shards: usize,
+    /// Origins from which browsers may connect: `https://example.com`, `https://*.example.com`,
+    /// `http://localhost:*`, or `*`. A client that sends no `Origin` is no browser and needs none.
+    pub allowed_origins: Vec<String>,
+    /// Most connections of this edge; more are answered 503.
+    pub max_connections: usize,
+    /// A connection is pinged after so many milliseconds without a frame from it.
+    pub heartbeat_ms: u64,
+    /// A pinged connection has so many milliseconds to send any frame.
+    pub heartbeat_grace_ms: u64,
+    /// A connection has so many milliseconds from its accept until the upgrade.
+    pub upgrade_timeout_ms: u64,
+    /// An upgraded connection has so many milliseconds to say `hello`.
+    pub hello_timeout_ms: u64,
+    /// Most bytes that wait for a slow socket before it is closed (4413).
+    pub max_outbox_bytes: usize,
+    /// A socket that takes no byte of what waits for so many milliseconds is closed (4413).
+    pub stall_timeout_ms: u64,
+    /// Clients spread their reconnects after a lost edge over so many milliseconds.
+    pub reconnect_spread_ms: u64,
+    /// Publications and hints that may wait for one shard before they are dropped and a gap is signalled.
+    pub shard_queue: usize,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            listen: "127.0.0.1:8080".to_owned(),
+            node: String::new(),
+            router: "http://127.0.0.1:8083".to_owned(),
+            delivery: "http://127.0.0.1:8082".to_owned(),
+            token_secret: Secret::default(),
+            shards: 0,
+            allowed_origins: Vec::new(),
+            max_connections: 100_000,
+            heartbeat_ms: 25_000,
+            heartbeat_grace_ms: 10_000,
+            upgrade_timeout_ms: 5_000,
+            hello_timeout_ms: 5_000,
+            max_outbox_bytes: 2 * 1024 * 1024,
+            stall_timeout_ms: 10_000,
+            reconnect_spread_ms: 5_000,
+            shard_queue: 16_384,
+        }
+    }
+}
+
+/// Shortest secret for HS256: as long as the hash (RFC 7518, section 3.2).
+const MIN_SECRET_BYTES: usize = 32;
+
+/// Most shards: their set is a 64-bit mask.
+pub const MAX_SHARDS: usize = 64;
+
+impl Validate for Config {
+    fn validate(&self) -> Result<(), ConfigError> {
+        let secret = self.token_secret.expose().len();
+        if secret < MIN_SECRET_BYTES {
+            let wrong = format!("has {secret} bytes");
+            return Err(ConfigError::new("edge.token_secret", wrong, "set it to at least 32 random bytes"));
+        }
+        if self.shards > MAX_SHARDS {
+            return Err(ConfigError::new(
+                "edge.shards",
+                format!("is {}", self.shards),
+                "set it from 0 to 64",
+            ));
+        }
+        for (key, url) in [("edge.router", &self.router), ("edge.delivery", &self.delivery)] {
+            if !url.starts_with("http://") {
+                return Err(ConfigError::new(
+                    key,
+                    format!("is `{url}`, which is no URL of a service"),
+                    "set it to http://host:port",
+                ));
+            }
+        }
+        let bounds = [
+            ("edge.heartbeat_ms", self.heartbeat_ms, 100, 3_600_000),
+            ("edge.heartbeat_grace_ms", self.heartbeat_grace_ms, 100, 600_000),
+            ("edge.upgrade_timeout_ms", self.upgrade_timeout_ms, 100, 600_000),
+            ("edge.hello_timeout_ms", self.hello_timeout_ms, 100, 600_000),
+            ("edge.stall_timeout_ms", self.stall_timeout_ms, 100, 600_000),
+            ("edge.reconnect_spread_ms", self.reconnect_spread_ms, 0, 3_600_000),
+            ("edge.max_connections", self.max_connections as u64, 1, u64::from(u32::MAX)),
+            ("edge.max_outbox_bytes", self.max_outbox_bytes as u64, 128 * 1024, 1 << 30),
+            ("edge.shard_queue", self.shard_queue as u64, 16, 1 << 24),
+        ];
+        for (key, value, least, most) in bounds {
+            if value < least || value > most {
+                return Err(ConfigError::new(
+                    key,
+                    format!("is {value}"),
+                    format!("set it from {least} to {most}"),
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Config {
+    pub(crate) fn heartbeat(&self) -> Duration {
+        Duration::from_millis(self.heartbeat_ms)
+    }
+
+    pub(crate) fn heartbeat_grace(&self) -> Duration {
+        Duration::from_millis(self.heartbeat_grace_ms)
+    }
+
+    pub(crate) fn hello_timeout(&self) -> Duration {
+        Duration::from_millis(self.hello_timeout_ms)
+    }
+
+    pub(crate) fn upgrade_timeout(&self) -> Duration {
+        Duration::from_millis(self.upgrade_timeout_ms)
+    }
+
+    pub(crate) fn stall_timeout(&self) -> Duration {
+        Duration::from_millis(self.stall_timeout_ms)
+    }
+
+    pub(crate) fn reconnect_spread(&self) -> Duration {
+        Duration::from_millis(self.reconnect_spread_ms)
+    }
+}

@@ -1,0 +1,533 @@
+//! The protocol state of one connection: what happened goes in, what to do comes out.
+//!
+//! Pure: no socket, no clock and no randomness of its own, so that tests drive it with any sequence of inputs.
+//! The shard carries the effects out (`shard/effects.rs`) and feeds the answers back in.
+
+use std::{borrow::Cow, rc::Rc, time::Duration};
+
+use sanjay_proto::{client::v1::InboxMessage, edge::v1::InboxPage};
+use sanjay_protocol::{
+    CloseCode, Command, ErrorBody, ErrorCode, Event, EventEnvelope,
+    command::{Ack, Credit, Envelope, Hello, Publish},
+    event::{Degraded, Empty, InboxState, Limits, Published, Subscribed, Welcome},
+    json::Refused,
+    limits,
+    token::{Action, Capabilities, Claims},
+};
+use uuid::Uuid;
+
+use crate::{
+    inbox::{Cursor, Position, Step},
+    verifier::{TokenVerifier, VerifyError},
+};
+
+/// What a machine may ask of its surroundings.
+pub trait Surroundings {
+    /// Checks tokens.
+    fn verifier(&self) -> &dyn TokenVerifier;
+    /// Unix seconds.
+    fn now_s(&self) -> u64;
+    /// A new session id.
+    fn session_id(&self) -> Uuid;
+    /// Random, in [0, 1).
+    fn fraction(&self) -> f64;
+    /// One shared copy of equal capabilities: most connections of an edge have the same.
+    fn intern(&self, capabilities: Capabilities) -> Rc<Capabilities>;
+    /// What `welcome` says of this edge.
+    fn terms(&self) -> Terms;
+}
+
+/// What `welcome` says of an edge.
+#[derive(Debug, Clone, Copy)]
+pub struct Terms {
+    /// The edge pings after so much silence.
+    pub heartbeat: Duration,
+    /// First delay after an unexpected close is random up to this.
+    pub reconnect_spread: Duration,
+}
+
+/// What happened.
+#[derive(Debug)]
+pub enum Input {
+    /// An envelope arrived.
+    Command(Envelope),
+    /// Something that is no command arrived.
+    Refused(Refused),
+    /// Answers [`Effect::OpenSession`].
+    SessionOpened(Result<(), ErrorBody>),
+    /// Answers [`Effect::ReadInbox`].
+    Page(Result<InboxPage, ErrorBody>),
+    /// Answers [`Effect::Join`].
+    Joined(Option<u64>, Result<Subscribed, ErrorBody>),
+    /// Answers [`Effect::Leave`].
+    Left(Option<u64>, Result<(), ErrorBody>),
+    /// Answers [`Effect::Leave`] of a channel whose subscription had not been confirmed; its `subscribe` was
+    /// answered before.
+    LeftUnconfirmed(Option<u64>),
+    /// Answers [`Effect::Publish`].
+    Published(Option<u64>, Result<Published, ErrorBody>),
+    /// Answers [`Effect::Ack`] that had an id.
+    Acked(u64, Result<(), ErrorBody>),
+    /// A message was committed to the inbox with this epoch.
+    Hint(u64, InboxMessage),
+    /// Hints may have been lost.
+    Resync,
+    /// The time of [`Effect::ArmInbox`] has passed.
+    InboxTimer,
+}
+
+/// What to do.
+#[derive(Debug, PartialEq)]
+pub enum Effect {
+    /// Send a reply or a push.
+    Send(EventEnvelope),
+    /// Send an inbox message.
+    PushInbox(InboxMessage),
+    /// Register the session; answered by [`Input::SessionOpened`].
+    OpenSession {
+        /// Whether the session takes part in the user's inbox.
+        inbox: bool,
+    },
+    /// Read the inbox; answered by [`Input::Page`].
+    ReadInbox {
+        /// Where to begin; `None`: from the mark.
+        after: Option<u64>,
+        /// Most messages.
+        limit: u32,
+    },
+    /// Call with [`Input::InboxTimer`] after this.
+    ArmInbox(Duration),
+    /// Subscribe; answered by [`Input::Joined`] with the same id.
+    Join(Option<u64>, String),
+    /// Unsubscribe; answered by [`Input::Left`] with the same id.
+    Leave(Option<u64>, String),
+    /// Publish; answered by [`Input::Published`] with the same id.
+    Publish(Option<u64>, Publish),
+    /// Settle inbox messages; answered by [`Input::Acked`] when there is an id.
+    Ack {
+        /// The command's id.
+        id: Option<u64>,
+        /// The inbox.
+        epoch: u64,
+        /// What was pushed and acked.
+        ranges: Vec<(u64, u64)>,
+    },
+    /// End the connection.
+    Close(CloseCode, Cow<'static, str>),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    /// Nothing but `hello` is taken.
+    AwaitHello,
+    /// The session is being registered.
+    Registering,
+    /// The inbox is being read for the first time.
+    Reading,
+    /// Everything is taken.
+    Ready,
+    /// Nothing is taken any more.
+    Closed,
+}
+
+/// The protocol state of one connection.
+pub struct Machine {
+    phase: Phase,
+    outstanding: u8,
+    subscriptions: u16,
+    /// The router could not be asked when the session opened.
+    without_channels: bool,
+    session: Uuid,
+    user: Rc<str>,
+    capabilities: Option<Rc<Capabilities>>,
+    expires_s: u64,
+    inbox: Option<Box<Cursor>>,
+    /// Kept until `welcome`.
+    opening: Option<Box<Opening>>,
+    /// Where a read is for; rarely set.
+    device: Option<Rc<str>>,
+}
+
+/// What is needed only until `welcome` was sent.
+#[derive(Default)]
+struct Opening {
+    token: Option<String>,
+    hello_id: Option<u64>,
+}
+
+impl Machine {
+    /// A connection that was just upgraded; `token` is the one that the handshake carried.
+    #[must_use]
+    pub fn new(token: Option<String>, nobody: Rc<str>) -> Self {
+        Self {
+            phase: Phase::AwaitHello,
+            outstanding: 0,
+            subscriptions: 0,
+            without_channels: false,
+            session: Uuid::nil(),
+            user: nobody,
+            capabilities: None,
+            expires_s: u64::MAX,
+            inbox: None,
+            opening: Some(Box::new(Opening { token, hello_id: None })),
+            device: None,
+        }
+    }
+
+    /// Whether a command can be taken now. Otherwise the connection keeps it, and is not read, until one of
+    /// those that are under way is answered.
+    #[must_use]
+    pub fn takes_commands(&self) -> bool {
+        matches!(self.phase, Phase::AwaitHello | Phase::Ready)
+            && usize::from(self.outstanding) < limits::MAX_OUTSTANDING_COMMANDS
+    }
+
+    /// Whether `hello` was accepted.
+    #[must_use]
+    pub fn is_identified(&self) -> bool {
+        !matches!(self.phase, Phase::AwaitHello) && !self.session.is_nil()
+    }
+
+    /// The session's id; nil before `hello`.
+    #[must_use]
+    pub fn session(&self) -> Uuid {
+        self.session
+    }
+
+    /// The user of the token; empty before `hello`.
+    #[must_use]
+    pub fn user(&self) -> &Rc<str> {
+        &self.user
+    }
+
+    /// The device that `hello` named.
+    #[must_use]
+    pub fn device(&self) -> &str {
+        self.device.as_deref().unwrap_or_default()
+    }
+
+    /// When the token ends, in Unix seconds.
+    #[must_use]
+    pub fn expires_s(&self) -> u64 {
+        self.expires_s
+    }
+
+    /// The inbox of this connection, when it takes part in one.
+    #[must_use]
+    pub fn inbox(&self) -> Option<&Cursor> {
+        self.inbox.as_deref()
+    }
+
+    /// Takes what happened and appends what to do.
+    pub fn on(&mut self, input: Input, around: &dyn Surroundings, effects: &mut Vec<Effect>) {
+        if self.phase == Phase::Closed {
+            return;
+        }
+        match input {
+            Input::Command(Envelope { id, command }) => self.on_command(id, command, around, effects),
+            Input::Refused(Refused::Malformed(why)) => self.close(CloseCode::BadFrame, why, effects),
+            Input::Refused(Refused::Command { id, error }) if self.phase == Phase::AwaitHello => {
+                let _ = id;
+                self.close(CloseCode::BadFrame, format!("hello comes first: {}", error.message), effects);
+            }
+            Input::Refused(Refused::Command { id, error }) => send(id, Event::Error(error), effects),
+            Input::SessionOpened(result) => self.on_session_opened(result, effects, around),
+            Input::Page(page) => self.on_page(page, around, effects),
+            Input::Joined(id, result) => {
+                self.answered();
+                if result.is_err() {
+                    self.subscriptions = self.subscriptions.saturating_sub(1);
+                }
+                reply(id, result.map(Event::Subscribed), effects);
+            }
+            Input::Left(id, result) => {
+                self.answered();
+                if result.is_ok() {
+                    self.subscriptions = self.subscriptions.saturating_sub(1);
+                }
+                reply(id, result.map(|()| Event::Ok(Empty {})), effects);
+            }
+            Input::LeftUnconfirmed(id) => {
+                self.answered();
+                reply(id, Ok(Event::Ok(Empty {})), effects);
+            }
+            Input::Published(id, result) => {
+                self.answered();
+                reply(id, result.map(Event::Published), effects);
+            }
+            Input::Acked(id, result) => {
+                self.answered();
+                reply(Some(id), result.map(|()| Event::Ok(Empty {})), effects);
+            }
+            Input::Hint(epoch, message) => {
+                self.with_inbox(around, effects, |cursor, steps| cursor.on_hint(epoch, message, steps));
+            }
+            Input::Resync => self.with_inbox(around, effects, Cursor::resync),
+            Input::InboxTimer => self.with_inbox(around, effects, Cursor::on_timer),
+        }
+    }
+
+    /// Ends the connection.
+    pub fn close(&mut self, code: CloseCode, why: impl Into<Cow<'static, str>>, effects: &mut Vec<Effect>) {
+        if self.phase != Phase::Closed {
+            self.phase = Phase::Closed;
+            effects.push(Effect::Close(code, why.into()));
+        }
+    }
+
+    fn on_command(
+        &mut self,
+        id: Option<u64>,
+        command: Command,
+        around: &dyn Surroundings,
+        effects: &mut Vec<Effect>,
+    ) {
+        match (self.phase, command) {
+            (_, Command::Ping) => send(id, Event::Ping, effects),
+            (Phase::AwaitHello, Command::Hello(hello)) => self.on_hello(id, hello, around, effects),
+            (Phase::AwaitHello, _) => {
+                self.close(CloseCode::BadFrame, "hello must be the first command", effects)
+            }
+            (_, Command::Hello(_)) => {
+                let error = ErrorBody::new(ErrorCode::BadRequest, "hello was said already; it comes once");
+                send(id, Event::Error(error), effects);
+            }
+            (_, Command::Subscribe(subscribe)) => self.on_subscribe(id, subscribe.channel, effects),
+            (_, Command::Unsubscribe(unsubscribe)) => {
+                self.outstanding += 1;
+                effects.push(Effect::Leave(id, unsubscribe.channel));
+            }
+            (_, Command::Publish(publish)) => {
+                if self.allow(id, Action::Publish, &publish.channel, effects) {
+                    self.outstanding += 1;
+                    effects.push(Effect::Publish(id, publish));
+                }
+            }
+            (_, Command::Ack(ack)) => self.on_ack(id, ack, around, effects),
+            (_, Command::Credit(credit)) => self.on_credit(id, credit, around, effects),
+        }
+    }
+
+    fn on_hello(
+        &mut self,
+        id: Option<u64>,
+        hello: Hello,
+        around: &dyn Surroundings,
+        effects: &mut Vec<Effect>,
+    ) {
+        let opening = self.opening.get_or_insert_default();
+        opening.hello_id = id;
+        let Some(token) = hello.token.or_else(|| opening.token.take()) else {
+            let why =
+                "no token: put one in hello, in the Authorization header or in the token query parameter";
+            return self.close(CloseCode::Unauthorized, why, effects);
+        };
+        opening.token = None;
+        let Claims { sub, exp, caps, .. } = match around.verifier().verify(&token, around.now_s()) {
+            Ok(claims) => claims,
+            Err(VerifyError::Refused(why)) => return self.close(CloseCode::Unauthorized, why, effects),
+            Err(VerifyError::Unavailable(why)) => return self.close(CloseCode::TryAgainLater, why, effects),
+        };
+        if let Err(error) = sanjay_protocol::names::check("sub", &sub) {
+            return self.close(CloseCode::Unauthorized, format!("token: {error}"), effects);
+        }
+        self.user = sub.into();
+        self.expires_s = exp;
+        self.capabilities = Some(around.intern(caps));
+        self.session = around.session_id();
+        self.device = (!hello.device.is_empty()).then(|| hello.device.into());
+        let credit = hello.credit.unwrap_or(limits::DEFAULT_CREDIT);
+        self.inbox = (credit > 0).then(|| Box::new(Cursor::new(credit)));
+        self.phase = Phase::Registering;
+        effects.push(Effect::OpenSession { inbox: credit > 0 });
+    }
+
+    fn on_session_opened(
+        &mut self,
+        result: Result<(), ErrorBody>,
+        effects: &mut Vec<Effect>,
+        around: &dyn Surroundings,
+    ) {
+        self.without_channels = result.is_err();
+        match (self.phase, &self.inbox) {
+            // Registered first, read then: a message that is committed in between is hinted or read.
+            (Phase::Registering, Some(_)) => {
+                self.phase = Phase::Reading;
+                self.with_inbox(around, effects, Cursor::resync);
+            }
+            (Phase::Registering, None) => self.welcome(None, around, effects),
+            // Announced again to another router: hints may have been lost in between.
+            (Phase::Ready, Some(_)) => self.with_inbox(around, effects, Cursor::resync),
+            _ => {}
+        }
+    }
+
+    fn on_page(
+        &mut self,
+        page: Result<InboxPage, ErrorBody>,
+        around: &dyn Surroundings,
+        effects: &mut Vec<Effect>,
+    ) {
+        if self.phase == Phase::Reading && page.is_err() {
+            self.welcome(None, around, effects);
+        }
+        match page {
+            Ok(page) => self.with_inbox(around, effects, |cursor, steps| cursor.on_page(page, steps)),
+            Err(_) => {
+                let fraction = around.fraction();
+                self.with_inbox(around, effects, |cursor, steps| cursor.on_read_failed(fraction, steps));
+            }
+        }
+    }
+
+    fn on_subscribe(&mut self, id: Option<u64>, channel: String, effects: &mut Vec<Effect>) {
+        if !self.allow(id, Action::Subscribe, &channel, effects) {
+            return;
+        }
+        if usize::from(self.subscriptions) >= limits::MAX_SUBSCRIPTIONS {
+            let most = limits::MAX_SUBSCRIPTIONS;
+            let why =
+                format!("this connection has {most} channels, the most that one may have; unsubscribe first");
+            return send(id, Event::Error(ErrorBody::new(ErrorCode::LimitExceeded, why)), effects);
+        }
+        self.subscriptions += 1;
+        self.outstanding += 1;
+        effects.push(Effect::Join(id, channel));
+    }
+
+    fn on_ack(&mut self, id: Option<u64>, ack: Ack, around: &dyn Surroundings, effects: &mut Vec<Effect>) {
+        let Some(epoch) = self.inbox.as_ref().and_then(|cursor| cursor.epoch()) else {
+            let why = "nothing to ack: this connection has no inbox (credit 0), or the inbox is away";
+            return send(id, Event::Error(ErrorBody::new(ErrorCode::BadRequest, why)), effects);
+        };
+        let mut ranges = Vec::new();
+        let mut forward = Vec::new();
+        std::mem::swap(effects, &mut forward);
+        self.with_inbox(around, &mut forward, |cursor, steps| ranges = cursor.on_ack(&ack.ranges, steps));
+        std::mem::swap(effects, &mut forward);
+        if !ranges.is_empty() {
+            self.outstanding += u8::from(id.is_some());
+            effects.push(Effect::Ack { id, epoch, ranges });
+        } else if id.is_some() {
+            send(id, Event::Ok(Empty {}), effects);
+        }
+        effects.append(&mut forward);
+    }
+
+    fn on_credit(
+        &mut self,
+        id: Option<u64>,
+        credit: Credit,
+        around: &dyn Surroundings,
+        effects: &mut Vec<Effect>,
+    ) {
+        if self.inbox.is_none() {
+            let why = "this connection takes no part in the inbox: hello said credit 0";
+            return send(id, Event::Error(ErrorBody::new(ErrorCode::BadRequest, why)), effects);
+        }
+        self.with_inbox(around, effects, |cursor, steps| cursor.on_credit(credit.n, steps));
+        if id.is_some() {
+            send(id, Event::Ok(Empty {}), effects);
+        }
+    }
+
+    /// Calls the cursor and turns its steps into effects.
+    fn with_inbox(
+        &mut self,
+        around: &dyn Surroundings,
+        effects: &mut Vec<Effect>,
+        call: impl FnOnce(&mut Cursor, &mut Vec<Step>),
+    ) {
+        let Some(cursor) = self.inbox.as_deref_mut() else { return };
+        let mut steps = Vec::new();
+        call(cursor, &mut steps);
+        for step in steps {
+            match step {
+                Step::Push(message) => effects.push(Effect::PushInbox(message)),
+                Step::Read { after, limit } => effects.push(Effect::ReadInbox { after, limit }),
+                Step::Arm(after) => effects.push(Effect::ArmInbox(after)),
+                Step::Known(position) if self.phase == Phase::Reading => {
+                    self.welcome(Some(state(position)), around, effects);
+                }
+                Step::Known(position) => {
+                    let degraded = Degraded { features: self.reduced(true), inbox: Some(state(position)) };
+                    send(None, Event::Degraded(degraded), effects);
+                }
+            }
+        }
+    }
+
+    fn welcome(&mut self, inbox: Option<InboxState>, around: &dyn Surroundings, effects: &mut Vec<Effect>) {
+        self.phase = Phase::Ready;
+        let id = self.opening.take().and_then(|opening| opening.hello_id);
+        let terms = around.terms();
+        let welcome = Welcome {
+            session: self.session.to_string(),
+            user: self.user.to_string(),
+            features: self.reduced(inbox.is_some()),
+            inbox,
+            heartbeat_ms: millis(terms.heartbeat),
+            token_ttl_s: self.expires_s.saturating_sub(around.now_s()),
+            limits: Limits {
+                message_bytes: limits::MAX_CLIENT_MESSAGE_BYTES as u64,
+                payload_bytes: limits::MAX_PAYLOAD_BYTES as u64,
+                subscriptions: limits::MAX_SUBSCRIPTIONS as u64,
+                credit: limits::MAX_CREDIT,
+            },
+            reconnect_spread_ms: millis(terms.reconnect_spread),
+        };
+        send(id, Event::Welcome(Box::new(welcome)), effects);
+    }
+
+    /// What is reduced for this connection.
+    fn reduced(&self, inbox_known: bool) -> Vec<String> {
+        let mut features = Vec::new();
+        if self.without_channels {
+            features.push("channels".to_owned());
+        }
+        if self.inbox.is_some() && !inbox_known {
+            features.push("inbox".to_owned());
+        }
+        features
+    }
+
+    fn allow(&self, id: Option<u64>, action: Action, channel: &str, effects: &mut Vec<Effect>) -> bool {
+        let allowed = self.capabilities.as_ref().is_some_and(|caps| caps.allow(action, channel));
+        if !allowed {
+            let action = if action == Action::Publish { "publish to" } else { "subscribe to" };
+            let why =
+                format!("the token does not allow to {action} \"{channel}\"; its caps must name the channel");
+            send(id, Event::Error(ErrorBody::new(ErrorCode::Forbidden, why)), effects);
+        }
+        allowed
+    }
+
+    fn answered(&mut self) {
+        self.outstanding = self.outstanding.saturating_sub(1);
+    }
+}
+
+fn state(position: Position) -> InboxState {
+    InboxState { epoch: format!("{:016x}", position.epoch), mark: position.mark, head: position.head }
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+fn send(id: Option<u64>, event: Event, effects: &mut Vec<Effect>) {
+    effects.push(Effect::Send(EventEnvelope { id, event }));
+}
+
+/// A command without an id hears only of its failure.
+fn reply(id: Option<u64>, result: Result<Event, ErrorBody>, effects: &mut Vec<Effect>) {
+    match result {
+        Ok(event) if id.is_some() => send(id, event, effects),
+        Ok(_) => {}
+        Err(error) => send(id, Event::Error(error), effects),
+    }
+}
+
+#[cfg(test)]
+#[path = "machine_tests.rs"]
+mod tests;

@@ -1,0 +1,370 @@
+use std::{cell::Cell, collections::BTreeMap};
+
+use proptest::prelude::*;
+use sanjay_protocol::{
+    command::{Ack, Credit, Hello, Subscribe, Unsubscribe},
+    payload::Payload,
+};
+
+use super::*;
+
+/// Surroundings in which every token but a few is good, and says its user and capabilities itself.
+struct Around {
+    session: Cell<u128>,
+}
+
+impl Around {
+    fn new() -> Self {
+        Self { session: Cell::new(0) }
+    }
+}
+
+struct Verifier;
+
+impl TokenVerifier for Verifier {
+    fn verify(&self, token: &str, now_s: u64) -> Result<Claims, VerifyError> {
+        let caps = match token {
+            "refused" => return Err(VerifyError::Refused("the signature is wrong".into())),
+            "unavailable" => return Err(VerifyError::Unavailable("no keys yet".into())),
+            "reader" => serde_json::from_str(r#"{"*":["subscribe"]}"#).expect("capabilities"),
+            _ => Capabilities::everything(),
+        };
+        let sub = if token == "nameless" { String::new() } else { "bob".to_owned() };
+        Ok(Claims { sub, exp: now_s + 60, iat: None, nbf: None, caps })
+    }
+}
+
+impl Surroundings for Around {
+    fn verifier(&self) -> &dyn TokenVerifier {
+        &Verifier
+    }
+    fn now_s(&self) -> u64 {
+        1_000
+    }
+    fn session_id(&self) -> Uuid {
+        self.session.set(self.session.get() + 1);
+        Uuid::from_u128(self.session.get())
+    }
+    fn fraction(&self) -> f64 {
+        0.5
+    }
+    fn intern(&self, capabilities: Capabilities) -> Rc<Capabilities> {
+        Rc::new(capabilities)
+    }
+    fn terms(&self) -> Terms {
+        Terms { heartbeat: Duration::from_secs(25), reconnect_spread: Duration::from_secs(5) }
+    }
+}
+
+fn machine() -> Machine {
+    Machine::new(None, Rc::from(""))
+}
+
+fn on(machine: &mut Machine, input: Input) -> Vec<Effect> {
+    let mut effects = Vec::new();
+    machine.on(input, &Around::new(), &mut effects);
+    effects
+}
+
+fn command(id: u64, command: Command) -> Input {
+    Input::Command(Envelope { id: Some(id), command })
+}
+
+fn hello(token: &str, credit: Option<u32>) -> Input {
+    let token = Some(token.to_owned());
+    command(1, Command::Hello(Hello { token, credit, ..Hello::default() }))
+}
+
+fn page(mark: u64, head: u64) -> InboxPage {
+    let messages = (mark + 1..=head).map(|seq| InboxMessage { seq, delivery: 1, ..InboxMessage::default() });
+    InboxPage { epoch: 7, mark, head, covers: head, messages: messages.collect(), error: None }
+}
+
+fn ready(token: &str) -> Machine {
+    let mut machine = machine();
+    on(&mut machine, hello(token, None));
+    on(&mut machine, Input::SessionOpened(Ok(())));
+    on(&mut machine, Input::Page(Ok(page(0, 2))));
+    machine
+}
+
+fn error_code(effects: &[Effect]) -> Option<ErrorCode> {
+    match effects {
+        [Effect::Send(EventEnvelope { event: Event::Error(error), .. })] => Some(error.code),
+        _ => None,
+    }
+}
+
+#[test]
+fn hello_registers_reads_and_welcomes() {
+    let mut machine = machine();
+    assert_eq!(on(&mut machine, hello("good", Some(3))), [Effect::OpenSession { inbox: true }]);
+    assert!(!machine.takes_commands(), "what follows hello waits for welcome");
+    let read = Effect::ReadInbox { after: None, limit: 3 };
+    assert_eq!(on(&mut machine, Input::SessionOpened(Ok(()))), [read]);
+    let effects = on(&mut machine, Input::Page(Ok(page(4, 6))));
+    let [Effect::Send(welcome), Effect::PushInbox(first), Effect::PushInbox(second)] = &effects[..] else {
+        panic!("{effects:?}");
+    };
+    let Event::Welcome(body) = &welcome.event else { panic!("{welcome:?}") };
+    let inbox = InboxState { epoch: "0000000000000007".into(), mark: 4, head: 6 };
+    assert_eq!((welcome.id, body.user.as_str(), &body.inbox), (Some(1), "bob", &Some(inbox)));
+    assert_eq!((body.token_ttl_s, body.features.len()), (60, 0));
+    assert_eq!((first.seq, second.seq), (5, 6));
+    assert!(machine.takes_commands());
+}
+
+#[test]
+fn without_credit_nothing_is_read() {
+    let mut machine = machine();
+    assert_eq!(on(&mut machine, hello("good", Some(0))), [Effect::OpenSession { inbox: false }]);
+    let effects = on(&mut machine, Input::SessionOpened(Ok(())));
+    let [Effect::Send(EventEnvelope { event: Event::Welcome(welcome), .. })] = &effects[..] else {
+        panic!("{effects:?}");
+    };
+    assert_eq!((&welcome.inbox, welcome.features.len()), (&None, 0));
+    let ack = Command::Ack(Ack { ranges: vec![(1, 1)] });
+    assert_eq!(error_code(&on(&mut machine, command(2, ack))), Some(ErrorCode::BadRequest));
+}
+
+#[test]
+fn what_is_away_is_said_and_tried_again() {
+    let mut machine = machine();
+    on(&mut machine, hello("good", None));
+    let away = || ErrorBody::new(ErrorCode::Unavailable, "away");
+    on(&mut machine, Input::SessionOpened(Err(away())));
+    let effects = on(&mut machine, Input::Page(Err(away())));
+    let [Effect::Send(EventEnvelope { event: Event::Welcome(welcome), .. }), Effect::ArmInbox(_)] =
+        &effects[..]
+    else {
+        panic!("{effects:?}");
+    };
+    assert_eq!(welcome.features, ["channels", "inbox"]);
+    let read = Effect::ReadInbox { after: None, limit: limits::DEFAULT_CREDIT };
+    assert_eq!(on(&mut machine, Input::InboxTimer), [read]);
+    let effects = on(&mut machine, Input::Page(Ok(page(0, 1))));
+    let [Effect::Send(EventEnvelope { event: Event::Degraded(degraded), .. }), Effect::PushInbox(_)] =
+        &effects[..]
+    else {
+        panic!("{effects:?}");
+    };
+    assert_eq!(
+        (&degraded.features[..], degraded.inbox.as_ref().map(|inbox| inbox.head)),
+        (&["channels".to_owned()][..], Some(1))
+    );
+}
+
+#[test]
+fn hello_is_first_and_once() {
+    let subscribe = || command(1, Command::Subscribe(Subscribe { channel: "a".into() }));
+    let effects = on(&mut machine(), subscribe());
+    assert!(matches!(effects[..], [Effect::Close(CloseCode::BadFrame, _)]), "{effects:?}");
+    let refused = Refused::Command { id: None, error: ErrorBody::new(ErrorCode::BadRequest, "no") };
+    let effects = on(&mut machine(), Input::Refused(refused));
+    assert!(matches!(effects[..], [Effect::Close(CloseCode::BadFrame, _)]), "{effects:?}");
+    let mut machine = ready("good");
+    assert_eq!(error_code(&on(&mut machine, hello("good", None))), Some(ErrorCode::BadRequest));
+}
+
+#[test]
+fn a_token_that_is_no_good_closes() {
+    let closes = |input| match &on(&mut machine(), input)[..] {
+        [Effect::Close(code, _)] => *code,
+        effects => panic!("{effects:?}"),
+    };
+    assert_eq!(closes(hello("refused", None)), CloseCode::Unauthorized);
+    assert_eq!(closes(hello("nameless", None)), CloseCode::Unauthorized);
+    assert_eq!(closes(hello("unavailable", None)), CloseCode::TryAgainLater);
+    assert_eq!(closes(command(1, Command::Hello(Hello::default()))), CloseCode::Unauthorized);
+    assert_eq!(closes(Input::Refused(Refused::Malformed("x".into()))), CloseCode::BadFrame);
+}
+
+#[test]
+fn the_token_of_the_handshake_serves_when_hello_has_none() {
+    let mut machine = Machine::new(Some("good".into()), Rc::from(""));
+    let effects = on(&mut machine, command(1, Command::Hello(Hello::default())));
+    assert_eq!(effects, [Effect::OpenSession { inbox: true }]);
+}
+
+#[test]
+fn what_the_token_does_not_allow_is_forbidden() {
+    let mut machine = ready("reader");
+    let publish = Command::Publish(Publish {
+        channel: "a".into(),
+        payload: Payload::Text("x".into()),
+        dedupe: String::new(),
+    });
+    assert_eq!(error_code(&on(&mut machine, command(2, publish))), Some(ErrorCode::Forbidden));
+    let subscribe = Command::Subscribe(Subscribe { channel: "a".into() });
+    assert_eq!(on(&mut machine, command(3, subscribe)), [Effect::Join(Some(3), "a".into())]);
+}
+
+#[test]
+fn channels_of_a_connection_are_bounded() {
+    let mut machine = ready("good");
+    let subscribe = |n: usize| command(n as u64, Command::Subscribe(Subscribe { channel: n.to_string() }));
+    let confirmed = |n: usize| {
+        let subscribed = Subscribed { channel: n.to_string(), epoch: "e".into(), offset: 0 };
+        Input::Joined(Some(n as u64), Ok(subscribed))
+    };
+    for n in 0..limits::MAX_SUBSCRIPTIONS {
+        assert!(matches!(on(&mut machine, subscribe(n))[..], [Effect::Join(..)]));
+        on(&mut machine, confirmed(n));
+    }
+    assert_eq!(error_code(&on(&mut machine, subscribe(999))), Some(ErrorCode::LimitExceeded));
+    on(&mut machine, command(1, Command::Unsubscribe(Unsubscribe { channel: "0".into() })));
+    on(&mut machine, Input::Left(Some(1), Ok(())));
+    assert!(matches!(on(&mut machine, subscribe(999))[..], [Effect::Join(..)]));
+}
+
+#[test]
+fn an_ack_settles_what_was_pushed() {
+    let mut machine = ready("good");
+    let ack = |id, from, to| {
+        let ack = Command::Ack(Ack { ranges: vec![(from, to)] });
+        Input::Command(Envelope { id, command: ack })
+    };
+    let expected = Effect::Ack { id: None, epoch: 7, ranges: vec![(1, 2)] };
+    assert_eq!(on(&mut machine, ack(None, 1, 900)), [expected]);
+    let expected = Effect::Ack { id: Some(5), epoch: 7, ranges: vec![(2, 2)] };
+    assert_eq!(on(&mut machine, ack(Some(5), 2, 2)), [expected]);
+    let acked = on(&mut machine, Input::Acked(5, Ok(())));
+    assert_eq!(acked, [Effect::Send(EventEnvelope { id: Some(5), event: Event::Ok(Empty {}) })]);
+    assert_eq!(on(&mut machine, ack(None, 3, 3)), [], "nothing that was pushed");
+}
+
+#[derive(Debug, Clone)]
+enum Op {
+    Command(Command),
+    Refused,
+    Answer(bool),
+    Hint(u64),
+    Resync,
+    Timer,
+}
+
+fn ops() -> impl Strategy<Value = Vec<Op>> {
+    let channel = || (0..4u8).prop_map(|n| n.to_string());
+    let publish = |channel| Publish { channel, payload: Payload::Text("x".into()), dedupe: String::new() };
+    let op = prop_oneof![
+        2 => Just(Op::Command(Command::Hello(Hello { token: Some("good".into()), ..Hello::default() }))),
+        1 => Just(Op::Command(Command::Ping)),
+        4 => channel().prop_map(|channel| Op::Command(Command::Subscribe(Subscribe { channel }))),
+        2 => channel().prop_map(|channel| Op::Command(Command::Unsubscribe(Unsubscribe { channel }))),
+        4 => channel().prop_map(move |channel| Op::Command(Command::Publish(publish(channel)))),
+        3 => (1..9u64).prop_map(|to| Op::Command(Command::Ack(Ack { ranges: vec![(1, to)] }))),
+        1 => (1..9u32).prop_map(|n| Op::Command(Command::Credit(Credit { n }))),
+        1 => Just(Op::Refused),
+        8 => prop::bool::weighted(0.8).prop_map(Op::Answer),
+        4 => (1..9u64).prop_map(Op::Hint),
+        1 => Just(Op::Resync),
+        1 => Just(Op::Timer),
+    ];
+    prop::collection::vec(op, 0..120)
+}
+
+/// Runs operations as a shard would, and checks what must hold whatever comes.
+struct Driver {
+    machine: Machine,
+    around: Around,
+    /// Effects that wait for an answer.
+    asked: Vec<Effect>,
+    /// How many replies each id got.
+    replies: BTreeMap<u64, u32>,
+    next_id: u64,
+    welcomed: bool,
+    closed: bool,
+    head: u64,
+}
+
+impl Driver {
+    fn input(&mut self, input: Input) {
+        let mut effects = Vec::new();
+        self.machine.on(input, &self.around, &mut effects);
+        assert!(!self.closed || effects.is_empty(), "something happens after the end: {effects:?}");
+        for effect in effects {
+            match &effect {
+                Effect::Send(EventEnvelope { id, event }) => {
+                    self.welcomed |= matches!(event, Event::Welcome(_));
+                    assert!(self.welcomed || matches!(event, Event::Ping), "{event:?} before welcome");
+                    if let Some(id) = id {
+                        *self.replies.entry(*id).or_default() += 1;
+                    }
+                }
+                Effect::PushInbox(_) => assert!(self.welcomed, "a message before welcome"),
+                Effect::Close(..) => self.closed = true,
+                Effect::ArmInbox(_) => {}
+                _ => self.asked.push(effect),
+            }
+        }
+        let waiting = self.asked.iter().filter(|effect| !matches!(effect, Effect::ReadInbox { .. })).count();
+        assert!(waiting <= limits::MAX_OUTSTANDING_COMMANDS + 8, "{waiting} commands wait");
+    }
+
+    fn answer(&mut self, well: bool) {
+        if self.asked.is_empty() {
+            return;
+        }
+        let away = || ErrorBody::new(ErrorCode::Unavailable, "away");
+        let answer = match self.asked.remove(0) {
+            Effect::OpenSession { .. } => Input::SessionOpened(if well { Ok(()) } else { Err(away()) }),
+            Effect::ReadInbox { after, .. } => {
+                let after = after.unwrap_or(0).min(self.head);
+                Input::Page(if well { Ok(page(after, self.head)) } else { Err(away()) })
+            }
+            Effect::Join(id, channel) => {
+                let subscribed = Subscribed { channel, epoch: "e".into(), offset: 0 };
+                Input::Joined(id, if well { Ok(subscribed) } else { Err(away()) })
+            }
+            Effect::Leave(id, _) => Input::Left(id, if well { Ok(()) } else { Err(away()) }),
+            Effect::Publish(id, _) => {
+                let published = Published { message_id: "m".into(), epoch: "e".into(), offset: 1 };
+                Input::Published(id, if well { Ok(published) } else { Err(away()) })
+            }
+            Effect::Ack { id: Some(id), .. } => Input::Acked(id, if well { Ok(()) } else { Err(away()) }),
+            _ => return,
+        };
+        self.input(answer);
+    }
+
+    fn apply(&mut self, op: Op) {
+        match op {
+            Op::Command(_) | Op::Refused if !self.machine.takes_commands() => {}
+            Op::Command(command) => {
+                self.next_id += 1;
+                self.replies.insert(self.next_id, 0);
+                self.input(Input::Command(Envelope { id: Some(self.next_id), command }));
+            }
+            Op::Refused => {
+                let error = ErrorBody::new(ErrorCode::BadRequest, "no");
+                self.input(Input::Refused(Refused::Command { id: None, error }));
+            }
+            Op::Answer(well) => self.answer(well),
+            Op::Hint(seq) => {
+                self.head = self.head.max(seq);
+                self.input(Input::Hint(7, InboxMessage { seq, delivery: 1, ..InboxMessage::default() }));
+            }
+            Op::Resync => self.input(Input::Resync),
+            Op::Timer => self.input(Input::InboxTimer),
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn every_command_is_answered_once(ops in ops()) {
+        let mut driver = Driver {
+            machine: machine(), around: Around::new(), asked: Vec::new(), replies: BTreeMap::new(),
+            next_id: 0, welcomed: false, closed: false, head: 0,
+        };
+        ops.into_iter().for_each(|op| driver.apply(op));
+        for _ in 0..200 {
+            driver.answer(true);
+        }
+        if !driver.closed {
+            for (id, replies) in &driver.replies {
+                prop_assert_eq!(*replies, 1, "command {} got {} replies", id, replies);
+            }
+        }
+    }
+}

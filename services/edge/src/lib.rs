@@ -1,0 +1,18 @@
+//! The edge: holds the clients' sockets, speaks the client protocol, and keeps nothing that another edge could
+//! not rebuild.
+//!
+//! A connection goes `upgrade.rs` → `connection/session.rs` (the I/O loop) → `connection/machine.rs` (the
+//! protocol's state) → `shard/effects.rs` (what the machine wants done) → `upstream/` (router and delivery).
+
+pub mod app;
+pub mod config;
+pub mod connection;
+pub mod inbox;
+pub mod metrics;
+pub mod shard;
+pub mod upgrade;
+pub mod upstream;
+pub mod verifier;
+
+pub use app::start;
+pub use config::Config;

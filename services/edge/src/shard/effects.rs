@@ -1,0 +1,384 @@
+//! Carries out what a connection's machine wants done, and feeds the answers back.
+//!
+//! Everything that a connection is to be sent in one turn leaves in one message and one write.
+
+use std::{collections::VecDeque, rc::Rc, time::Duration};
+
+use bytes::Bytes;
+use sanjay_proto::{client::v1::InboxMessage, edge::v1::Milestone};
+use sanjay_protocol::{
+    ErrorBody, ErrorCode,
+    command::{Envelope, Publish},
+    event::Subscribed,
+    json::{self, Refused},
+    token::Capabilities,
+};
+use sanjay_runtime::{
+    random::{fraction, uuid_v4, uuid_v7},
+    trace,
+};
+use sanjay_websocket::{Opcode, Transport, encode};
+use uuid::Uuid;
+
+use super::{
+    Shard,
+    deadlines::REPORT_AFTER,
+    hub::{Join, Leave, Top},
+    wheel::Wheel,
+};
+use crate::{
+    connection::{
+        Connection, Life, NEVER, Wrote,
+        machine::{Effect, Input, Surroundings, Terms},
+    },
+    upstream::{AckRequest, ClientPublish, ConnKey, LinkRequest, ReadRequest, ShardEvent},
+    verifier::TokenVerifier,
+};
+
+/// Envelopes are put into one message up to this size.
+const MESSAGE_BYTES: usize = 32 * 1024;
+
+/// Output buffers up to this size are kept for the next turn.
+const SPARE_BYTES: usize = 64 * 1024;
+
+/// Milestones that wait to be reported; more are dropped.
+const MAX_MILESTONES: usize = 4_096;
+
+/// Inputs for one connection that are handled together.
+pub struct Turn<'a, T: Transport> {
+    /// The shard.
+    pub shard: &'a Rc<Shard<T>>,
+    /// The connection.
+    pub conn: &'a Rc<Connection<T>>,
+    /// Envelopes that go out together.
+    out: Vec<u8>,
+    effects: Vec<Effect>,
+}
+
+impl<'a, T: Transport> Turn<'a, T> {
+    /// Begins a turn; [`Turn::end`] sends what came together.
+    pub fn new(shard: &'a Rc<Shard<T>>, conn: &'a Rc<Connection<T>>) -> Self {
+        Self { shard, conn, out: shard.spare.take(), effects: Vec::new() }
+    }
+
+    /// A turn with one input.
+    pub fn once(shard: &'a Rc<Shard<T>>, conn: &'a Rc<Connection<T>>, input: Input) {
+        let mut turn = Turn::new(shard, conn);
+        turn.on(input);
+        turn.end();
+    }
+
+    /// A command arrived: takes it, or keeps it until it can be taken.
+    pub fn on_command(&mut self, command: Result<Envelope, Refused>) {
+        if self.conn.life.get() != Life::Open {
+            return;
+        }
+        if !self.conn.has_backlog() && self.can_take() {
+            return self.take(command);
+        }
+        self.conn.backlog.borrow_mut().get_or_insert_default().push_back(command);
+    }
+
+    fn take(&mut self, command: Result<Envelope, Refused>) {
+        self.shard.common.metrics.commands.inc();
+        self.on(command.map_or_else(Input::Refused, Input::Command));
+    }
+
+    fn can_take(&self) -> bool {
+        if !self.conn.machine.borrow().takes_commands() {
+            return false;
+        }
+        let has_room = self.shard.upstream.has_room();
+        if !has_room {
+            self.shard.wait_for_room(self.conn);
+        }
+        has_room
+    }
+
+    /// Gives the machine an input and carries out what it wants done.
+    pub fn on(&mut self, input: Input) {
+        let mut inputs = VecDeque::from([input]);
+        let mut effects = std::mem::take(&mut self.effects);
+        while let Some(input) = inputs.pop_front() {
+            self.conn.machine.borrow_mut().on(input, &**self.shard, &mut effects);
+            for effect in effects.drain(..) {
+                inputs.extend(self.carry_out(effect));
+            }
+        }
+        self.effects = effects;
+    }
+
+    /// Returns the answer when there is one at once.
+    fn carry_out(&mut self, effect: Effect) -> Option<Input> {
+        match effect {
+            Effect::Send(envelope) => {
+                json::encode(&envelope, &mut self.out);
+                self.flush_if_large();
+            }
+            Effect::PushInbox(message) => self.push_inbox(message),
+            Effect::OpenSession { inbox } => self.open_session(inbox),
+            Effect::ReadInbox { after, limit } => {
+                let machine = self.conn.machine.borrow();
+                let (user, device) = (machine.user().to_string(), machine.device().to_owned());
+                self.shard.upstream.reads.send(ReadRequest {
+                    conn: self.conn.key,
+                    user,
+                    device,
+                    after,
+                    limit,
+                });
+            }
+            Effect::ArmInbox(after) => self.conn.inbox_due.set(self.after(after)),
+            Effect::Join(id, channel) => return self.join(id, channel),
+            Effect::Leave(id, channel) => return Some(self.leave(id, &channel)),
+            Effect::Publish(id, publish) => self.publish(id, publish),
+            Effect::Ack { id, epoch, ranges } => self.ack(id, epoch, ranges),
+            Effect::Close(code, why) => {
+                self.flush();
+                self.shard.close(self.conn, code, &why, false);
+            }
+        }
+        None
+    }
+
+    fn open_session(&mut self, inbox: bool) {
+        let machine = self.conn.machine.borrow();
+        if inbox {
+            let mut users = self.shard.users.borrow_mut();
+            users.entry(Rc::clone(machine.user())).or_default().push(self.conn.key.index);
+        }
+        self.shard.upstream.link.send(LinkRequest::OpenSession {
+            conn: self.conn.key,
+            user: machine.user().to_string(),
+            session: machine.session(),
+            inbox,
+        });
+    }
+
+    fn join(&mut self, id: Option<u64>, channel: String) -> Option<Input> {
+        let joined = self.shard.hub.borrow_mut().join(self.conn.key.index, id, &channel);
+        match joined {
+            Join::Already => {
+                let why = format!("\"{channel}\" is subscribed already on this connection");
+                Some(Input::Joined(id, Err(ErrorBody::new(ErrorCode::AlreadySubscribed, why))))
+            }
+            Join::Member(Top { epoch, offset }) => {
+                Some(Input::Joined(id, Ok(Subscribed { channel, epoch: epoch.to_string(), offset })))
+            }
+            Join::Waits { ask } => {
+                if let Some(name) = ask {
+                    self.shard.common.metrics.channels.inc();
+                    self.shard.upstream.link.send(LinkRequest::Subscribe(self.shard.number, name));
+                }
+                None
+            }
+        }
+    }
+
+    fn leave(&mut self, id: Option<u64>, channel: &str) -> Input {
+        let left = self.shard.hub.borrow_mut().leave(self.conn.key.index, channel);
+        match left {
+            Leave::NotSubscribed => {
+                let why = format!("\"{channel}\" is not subscribed on this connection");
+                Input::Left(id, Err(ErrorBody::new(ErrorCode::NotSubscribed, why)))
+            }
+            Leave::Left { cancelled, last } => {
+                if let Some(name) = last {
+                    self.shard.common.metrics.channels.dec();
+                    self.shard.upstream.link.send(LinkRequest::Unsubscribe(self.shard.number, name));
+                }
+                if let Some(subscribe) = cancelled {
+                    let why = "unsubscribed before the subscription was confirmed";
+                    self.conn.machine.borrow_mut().on(
+                        Input::Joined(subscribe, Err(ErrorBody::new(ErrorCode::NotSubscribed, why))),
+                        &**self.shard,
+                        &mut self.effects,
+                    );
+                    for effect in std::mem::take(&mut self.effects) {
+                        self.carry_out(effect);
+                    }
+                    // The failed subscribe gave its place back already.
+                    return Input::LeftUnconfirmed(id);
+                }
+                Input::Left(id, Ok(()))
+            }
+        }
+    }
+
+    fn publish(&mut self, id: Option<u64>, Publish { channel, payload, dedupe }: Publish) {
+        let common = &self.shard.common;
+        let message_id = uuid_v7(&*common.clock, &*common.random);
+        let span = tracing::info_span!("publish", otel.kind = "producer", message_id = %message_id);
+        self.shard.milestone(message_id.as_bytes(), "received", String::new());
+        self.shard.upstream.link.send(LinkRequest::Publish(Box::new(ClientPublish {
+            conn: self.conn.key,
+            id,
+            channel,
+            payload: payload.into(),
+            publisher: self.conn.machine.borrow().user().to_string(),
+            dedupe_key: dedupe,
+            message_id,
+            trace: trace::traceparent(&span),
+        })));
+    }
+
+    fn push_inbox(&mut self, mut message: InboxMessage) {
+        if !message.trace.is_empty() {
+            let span = tracing::info_span!("push", otel.kind = "consumer", seq = message.seq);
+            trace::set_parent(&span, &message.trace);
+            message.trace = trace::traceparent(&span);
+        }
+        json::encode_inbox(&message, &mut self.out);
+        self.shard.common.metrics.inbox_deliveries.inc();
+        self.shard.milestone(&message.message_id, "written", "1 socket".to_owned());
+        if self.conn.report_due.get() == NEVER {
+            self.conn.report_due.set(self.after(REPORT_AFTER));
+        }
+        self.flush_if_large();
+    }
+
+    fn ack(&mut self, id: Option<u64>, epoch: u64, ranges: Vec<(u64, u64)>) {
+        let machine = self.conn.machine.borrow();
+        // What was acked reached the client, whatever may wait for the socket now.
+        let written = ranges.iter().map(|(_, to)| *to).max().unwrap_or_default();
+        self.shard.upstream.acks.send(AckRequest {
+            waiter: id.map(|id| (self.conn.key, id)),
+            user: machine.user().to_string(),
+            device: machine.device().to_owned(),
+            epoch,
+            ranges,
+            written,
+        });
+    }
+
+    /// Sends a frame behind the envelopes that came together so far.
+    pub fn send_frame(&mut self, frame: &Bytes) {
+        self.flush();
+        self.shard.deliver(self.conn, frame);
+    }
+
+    fn flush_if_large(&mut self) {
+        if self.out.len() >= MESSAGE_BYTES {
+            self.flush();
+        }
+    }
+
+    /// Sends what came together so far.
+    pub fn flush(&mut self) {
+        if !self.out.is_empty() {
+            let frame = encode(Opcode::Text, &self.out);
+            self.out.clear();
+            self.shard.deliver(self.conn, &frame);
+        }
+    }
+
+    /// Ends the turn.
+    pub fn end(mut self) {
+        self.flush();
+        self.shard.schedule(self.conn);
+        if self.out.capacity() <= SPARE_BYTES {
+            self.shard.spare.replace(self.out);
+        }
+    }
+
+    fn after(&self, time: Duration) -> u32 {
+        Wheel::<ConnKey>::after(self.shard.now(), time)
+    }
+}
+
+impl<T: Transport> Shard<T> {
+    /// Takes the commands that a connection kept, as far as they can be taken now.
+    pub fn take_backlog(self: &Rc<Self>, conn: &Rc<Connection<T>>) {
+        let mut turn = Turn::new(self, conn);
+        while turn.can_take() {
+            let next = conn.backlog.borrow_mut().as_mut().and_then(|backlog| backlog.pop_front());
+            match next {
+                Some(command) => turn.take(command),
+                None => {
+                    *conn.backlog.borrow_mut() = None;
+                    break;
+                }
+            }
+        }
+        turn.end();
+    }
+
+    /// An answer of the control runtime to a connection's request.
+    pub(super) fn on_answer(self: &Rc<Self>, event: ShardEvent) {
+        let (key, input) = match event {
+            ShardEvent::SessionOpened(key, result) => (key, Input::SessionOpened(result)),
+            ShardEvent::Published(key, id, result) => (key, Input::Published(id, result)),
+            ShardEvent::Page(key, page) => (key, Input::Page(page)),
+            ShardEvent::Acked(key, id, result) => (key, Input::Acked(id, result)),
+            _ => return,
+        };
+        if let Some(conn) = self.connection(key) {
+            Turn::once(self, &conn, input);
+            if conn.has_backlog() {
+                conn.wake();
+            }
+        }
+    }
+
+    /// Writes a frame to a connection. What would not fit its socket waits; a connection for which too much
+    /// waits is closed.
+    pub(super) fn deliver(&self, conn: &Connection<T>, frame: &Bytes) -> Wrote {
+        let wrote = conn.send(frame, self.now());
+        if wrote == Wrote::Waits {
+            conn.wake();
+            self.schedule(conn);
+        }
+        wrote
+    }
+
+    /// Remembers what was seen of a recent message.
+    pub(super) fn milestone(&self, message_id: &[u8], stage: &str, detail: String) {
+        let mut milestones = self.milestones.borrow_mut();
+        if milestones.len() < MAX_MILESTONES {
+            milestones.push(Milestone {
+                message_id: message_id.to_vec().into(),
+                time_us: self.common.clock.now_us(),
+                service: "edge".to_owned(),
+                stage: stage.to_owned(),
+                detail,
+            });
+        }
+    }
+}
+
+impl<T: Transport> Surroundings for Shard<T> {
+    fn verifier(&self) -> &dyn TokenVerifier {
+        &*self.common.verifier
+    }
+
+    fn now_s(&self) -> u64 {
+        self.common.clock.now_s()
+    }
+
+    fn session_id(&self) -> Uuid {
+        uuid_v4(&*self.common.random)
+    }
+
+    fn fraction(&self) -> f64 {
+        fraction(&*self.common.random)
+    }
+
+    fn intern(&self, capabilities: Capabilities) -> Rc<Capabilities> {
+        let mut known = self.capabilities.borrow_mut();
+        if let Some(shared) = known.get(&capabilities) {
+            return Rc::clone(shared);
+        }
+        // Sets that nobody uses any more go when the number of those in use could have doubled.
+        if known.len().is_power_of_two() {
+            known.retain(|shared| Rc::strong_count(shared) > 1);
+        }
+        let shared = Rc::new(capabilities);
+        known.insert(Rc::clone(&shared));
+        shared
+    }
+
+    fn terms(&self) -> Terms {
+        let config = &self.common.config;
+        Terms { heartbeat: config.heartbeat(), reconnect_spread: config.reconnect_spread() }
+    }
+}

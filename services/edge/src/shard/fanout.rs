@@ -1,0 +1,220 @@
+//! From one event of the control runtime to many sockets: channel messages, gaps, hints and announcements.
+
+use std::{rc::Rc, sync::Arc};
+
+use bytes::Bytes;
+use sanjay_proto::{client::v1::Publication, edge::v1::InboxHint};
+use sanjay_protocol::{
+    CloseCode, ErrorBody, Event, EventEnvelope,
+    event::{Gap, Goaway, Subscribed},
+    json,
+};
+use sanjay_runtime::trace;
+use sanjay_websocket::{Opcode, Transport, encode};
+
+use super::{
+    Shard,
+    effects::Turn,
+    hub::{ConnIndex, Missed, Step, Top},
+};
+use crate::{
+    connection::{Connection, Wrote, machine::Input},
+    upstream::LinkRequest,
+};
+
+/// Sockets written before other connections of the shard get their turn: 10,000 in a row would hold it for 50 ms.
+const SOCKETS_A_TURN: usize = 256;
+
+impl<T: Transport> Shard<T> {
+    /// A channel message: encoded once, its bytes shared by every subscriber.
+    pub(super) async fn fan_out(&self, publication: &Arc<Publication>) {
+        let Publication { channel: name, epoch, offset, .. } = &**publication;
+        self.common.metrics.publications.inc();
+        let step = self.hub.borrow_mut().on_publication(name, epoch, *offset);
+        let Step::Deliver { channel, missed } = step else { return };
+        if let Some(missed) = missed {
+            self.tell_gap(channel, usize::MAX, name, epoch, missed).await;
+        }
+        let frame = encode(Opcode::Text, &encode_traced(publication));
+        let sockets = self.broadcast(channel, usize::MAX, &frame).await;
+        self.common.metrics.deliveries.inc_by(sockets as u64);
+        self.milestone(&publication.message_id, "written", format!("{sockets} sockets"));
+    }
+
+    /// Publications were dropped on the way here.
+    pub(super) async fn on_gap(&self, name: &str, epoch: &str, top: u64) {
+        let gap = self.hub.borrow_mut().on_gap(name, epoch, top);
+        if let Some((channel, missed)) = gap {
+            self.tell_gap(channel, usize::MAX, name, epoch, missed).await;
+        }
+    }
+
+    /// A subscription was confirmed or refused.
+    pub(super) async fn on_subscribed(
+        self: &Rc<Self>,
+        name: &str,
+        result: Result<(Arc<str>, u64), ErrorBody>,
+    ) {
+        let (waiters, result) = match result {
+            Ok((epoch, offset)) => {
+                let confirmed =
+                    self.hub.borrow_mut().on_subscribed(name, Top { epoch: Arc::clone(&epoch), offset });
+                let Some((channel, confirmed)) = confirmed else { return };
+                if let Some(missed) = confirmed.missed {
+                    self.tell_gap(channel, confirmed.earlier, name, &epoch, missed).await;
+                }
+                (confirmed.waiters, Ok((epoch, offset)))
+            }
+            Err(error) => {
+                let before = self.hub.borrow().channel_count();
+                let waiters = self.hub.borrow_mut().on_refused(name);
+                self.common.metrics.channels.dec_by((before - self.hub.borrow().channel_count()) as i64);
+                (waiters, Err(error))
+            }
+        };
+        for (index, id) in waiters {
+            let Some(conn) = self.at(index) else { continue };
+            let result = result.clone().map(|(epoch, offset)| Subscribed {
+                channel: name.to_owned(),
+                epoch: epoch.to_string(),
+                offset,
+            });
+            Turn::once(self, &conn, Input::Joined(id, result));
+            if conn.has_backlog() {
+                conn.wake();
+            }
+        }
+    }
+
+    /// A message was committed to a user's inbox.
+    pub(super) fn on_hint(self: &Rc<Self>, hint: &InboxHint) {
+        let Some(message) = &hint.message else { return };
+        let Some(connections) = self.users.borrow().get(&*hint.user).cloned() else { return };
+        for index in connections {
+            if let Some(conn) = self.at(index) {
+                Turn::once(self, &conn, Input::Hint(hint.inbox_epoch, message.clone()));
+            }
+        }
+    }
+
+    /// Hints were dropped: every inbox is read again.
+    pub(super) async fn resync(self: &Rc<Self>) {
+        self.for_each(|conn| Turn::once(self, conn, Input::Resync)).await;
+    }
+
+    /// Another stream to a router began: sessions are announced again.
+    pub(super) async fn announce(self: &Rc<Self>) {
+        self.for_each(|conn| {
+            let machine = conn.machine.borrow();
+            if machine.is_identified() {
+                self.upstream.link.send(LinkRequest::OpenSession {
+                    conn: conn.key,
+                    user: machine.user().to_string(),
+                    session: machine.session(),
+                    inbox: machine.inbox().is_some(),
+                });
+            }
+        })
+        .await;
+    }
+
+    /// The edge shuts down: every client is told to come back elsewhere, spread over a while.
+    pub(super) async fn drain(self: &Rc<Self>) {
+        let code = CloseCode::Restart;
+        let goaway = Goaway {
+            code: code.code(),
+            reason: code.reason().to_owned(),
+            reconnect_after_ms: 0,
+            spread_ms: self.common.config.reconnect_spread_ms,
+        };
+        let frame = push(Event::Goaway(goaway));
+        self.for_each(|conn| {
+            self.deliver(conn, &frame);
+            self.close(conn, code, code.reason(), false);
+        })
+        .await;
+    }
+
+    /// Calls for each connection that exists now, with turns for others in between.
+    async fn for_each(&self, mut call: impl FnMut(&Rc<Connection<T>>)) {
+        for keys in self.all().chunks(SOCKETS_A_TURN) {
+            for key in keys {
+                if let Some(conn) = self.connection(*key) {
+                    call(&conn);
+                }
+            }
+            tokio::task::yield_now().await;
+        }
+    }
+
+    async fn tell_gap(&self, channel: u32, first: usize, name: &str, epoch: &str, missed: Missed) {
+        let Missed { from, to } = missed;
+        let gap = Gap { channel: name.to_owned(), epoch: epoch.to_owned(), from, to };
+        let told = self.broadcast(channel, first, &push(Event::Gap(gap))).await;
+        self.common.metrics.gaps.inc_by(told as u64);
+    }
+
+    /// Writes a frame to the first members of a channel. Returns how many took it.
+    async fn broadcast(&self, channel: u32, first: usize, frame: &Bytes) -> usize {
+        // Who joins during a turn of others has seen a later offset; who leaves may get this one still.
+        let newest = self.generation.get();
+        let members: Vec<ConnIndex> = {
+            let hub = self.hub.borrow();
+            let members = hub.members(channel);
+            let members = &members[..members.len().min(first)];
+            if members.len() <= SOCKETS_A_TURN {
+                return self.write_to(members, newest, frame);
+            }
+            members.to_vec()
+        };
+        let mut told = 0;
+        for members in members.chunks(SOCKETS_A_TURN) {
+            told += self.write_to(members, newest, frame);
+            tokio::task::yield_now().await;
+        }
+        told
+    }
+
+    fn write_to(&self, members: &[ConnIndex], newest: u32, frame: &Bytes) -> usize {
+        let connections = self.connections.borrow();
+        let mut told = 0;
+        for index in members {
+            // A later connection may have taken the index of one that ended.
+            let conn = connections.get(*index as usize).filter(|conn| conn.key.generation <= newest);
+            let Some(conn) = conn else { continue };
+            match self.deliver(conn, frame) {
+                Wrote::All => told += 1,
+                Wrote::Waits => {
+                    told += 1;
+                    if conn.waiting() > self.common.config.max_outbox_bytes {
+                        self.close(
+                            conn,
+                            CloseCode::SlowConsumer,
+                            "more waits than a slow client may have",
+                            true,
+                        );
+                    }
+                }
+                Wrote::Gone => {}
+            }
+        }
+        told
+    }
+}
+
+fn push(event: Event) -> Bytes {
+    let mut envelope = Vec::new();
+    json::encode(&EventEnvelope { id: None, event }, &mut envelope);
+    encode(Opcode::Text, &envelope)
+}
+
+/// The envelope of a publication whose trace names this hop.
+fn encode_traced(publication: &Arc<Publication>) -> Vec<u8> {
+    if publication.trace.is_empty() {
+        return json::encode_publication(publication);
+    }
+    let span = tracing::info_span!("push", otel.kind = "consumer", offset = publication.offset);
+    trace::set_parent(&span, &publication.trace);
+    let trace = trace::traceparent(&span);
+    json::encode_publication(&Publication { trace, ..(**publication).clone() })
+}

@@ -1,0 +1,290 @@
+//! A shard: one thread that owns its connections outright, with a hub, a timing wheel and no locks.
+
+pub mod deadlines;
+pub mod effects;
+pub mod fanout;
+pub mod hub;
+pub mod wheel;
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::{BTreeSet, HashMap},
+    rc::Rc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use sanjay_proto::edge::v1::Milestone;
+use sanjay_protocol::{CloseCode, token::Capabilities};
+use sanjay_runtime::{SharedClock, SharedRandom, mailbox};
+use sanjay_websocket::Transport;
+use slab::Slab;
+use smallvec::SmallVec;
+use tokio::time::Instant;
+
+use self::{
+    hub::{ConnIndex, Hub},
+    wheel::{Tick, Wheel},
+};
+use crate::{
+    Config,
+    connection::{Connection, Life, NEVER, machine::Machine},
+    metrics::{CloseLabel, Metrics},
+    upstream::{AckRequest, ConnKey, LinkRequest, ReadRequest, ShardEvent, lane::Lane},
+    verifier::TokenVerifier,
+};
+
+/// Bytes that are read from a socket at once.
+const SCRATCH_BYTES: usize = 16 * 1024;
+
+/// Events taken from the mailbox at once.
+const EVENTS_A_TURN: usize = 256;
+
+/// How long a closing connection may take to say goodbye.
+const LINGER: Duration = Duration::from_secs(2);
+
+/// What all shards of an edge share.
+pub struct Common {
+    /// The configuration.
+    pub config: Config,
+    /// Wall clock.
+    pub clock: SharedClock,
+    /// Ids and jitter.
+    pub random: SharedRandom,
+    /// Checks tokens.
+    pub verifier: Arc<dyn TokenVerifier>,
+    /// What happens here.
+    pub metrics: Arc<Metrics>,
+    /// Connections of all shards.
+    pub connections: AtomicUsize,
+}
+
+/// The ways from a shard to the control runtime.
+pub struct Upstream {
+    /// To the router.
+    pub link: Lane<LinkRequest>,
+    /// Reads of inboxes.
+    pub reads: Lane<ReadRequest>,
+    /// Acks of inboxes.
+    pub acks: Lane<AckRequest>,
+}
+
+impl Upstream {
+    /// Whether another command may be taken.
+    #[must_use]
+    pub fn has_room(&self) -> bool {
+        self.link.has_room() && self.reads.has_room() && self.acks.has_room()
+    }
+
+    fn flush(&self) {
+        self.link.flush();
+        self.reads.flush();
+        self.acks.flush();
+    }
+}
+
+/// One thread's connections. `T`: the sockets.
+pub struct Shard<T> {
+    /// Its number.
+    pub number: u16,
+    /// What all shards share.
+    pub common: Arc<Common>,
+    /// To the control runtime.
+    pub upstream: Upstream,
+    /// What sockets are read into.
+    pub scratch: RefCell<Box<[u8]>>,
+    connections: RefCell<Slab<Rc<Connection<T>>>>,
+    generation: Cell<u32>,
+    hub: RefCell<Hub>,
+    /// Connections that take part in a user's inbox.
+    users: RefCell<HashMap<Rc<str>, SmallVec<[ConnIndex; 2]>>>,
+    wheel: RefCell<Wheel<ConnKey>>,
+    now: Cell<Tick>,
+    capabilities: RefCell<BTreeSet<Rc<Capabilities>>>,
+    milestones: RefCell<Vec<Milestone>>,
+    /// Connections with a backlog, to be looked at again when there is room upstream.
+    congested: RefCell<Vec<ConnKey>>,
+    nobody: Rc<str>,
+    /// An output buffer to use again.
+    spare: RefCell<Vec<u8>>,
+}
+
+impl<T: Transport> Shard<T> {
+    /// A shard without connections.
+    pub fn new(number: u16, common: Arc<Common>, upstream: Upstream) -> Rc<Self> {
+        Rc::new(Self {
+            number,
+            common,
+            upstream,
+            scratch: RefCell::new(vec![0; SCRATCH_BYTES].into_boxed_slice()),
+            connections: RefCell::default(),
+            generation: Cell::new(0),
+            hub: RefCell::default(),
+            users: RefCell::default(),
+            wheel: RefCell::new(Wheel::new(Instant::now())),
+            now: Cell::new(0),
+            capabilities: RefCell::default(),
+            milestones: RefCell::default(),
+            congested: RefCell::default(),
+            nobody: Rc::from(""),
+            spare: RefCell::default(),
+        })
+    }
+
+    /// Handles what the control runtime tells, until it is gone.
+    pub async fn run(self: Rc<Self>, mut events: mailbox::Receiver<ShardEvent>) {
+        let mut batch = Vec::new();
+        while events.recv_many(&mut batch, EVENTS_A_TURN).await > 0 {
+            for event in batch.drain(..) {
+                self.on_event(event).await;
+            }
+            self.report_milestones();
+        }
+    }
+
+    async fn on_event(self: &Rc<Self>, event: ShardEvent) {
+        match event {
+            ShardEvent::Publication(publication) => self.fan_out(&publication).await,
+            ShardEvent::Gap(channel, epoch, top) => self.on_gap(&channel, &epoch, top).await,
+            ShardEvent::Subscribed(channel, result) => self.on_subscribed(&channel, result).await,
+            ShardEvent::Hint(hint) => self.on_hint(&hint),
+            ShardEvent::Resync => self.resync().await,
+            ShardEvent::Attached => self.announce().await,
+            ShardEvent::Drain => self.drain().await,
+            ShardEvent::SessionOpened(..)
+            | ShardEvent::Published(..)
+            | ShardEvent::Page(..)
+            | ShardEvent::Acked(..) => self.on_answer(event),
+        }
+    }
+
+    /// Takes in a socket that was just upgraded; `token` is the one that its handshake carried.
+    pub fn add(&self, io: T, token: Option<String>) -> Rc<Connection<T>> {
+        let generation = self.generation.get().wrapping_add(1);
+        self.generation.set(generation);
+        let mut connections = self.connections.borrow_mut();
+        let entry = connections.vacant_entry();
+        let index = u32::try_from(entry.key()).expect("fewer than 2³² sockets fit a process");
+        let key = ConnKey { shard: self.number, index, generation };
+        let machine = Machine::new(token, Rc::clone(&self.nobody));
+        let conn = Rc::new(Connection::new(key, io, machine, self.now()));
+        entry.insert(Rc::clone(&conn));
+        self.common.metrics.connections.inc();
+        drop(connections);
+        self.schedule(&conn);
+        conn
+    }
+
+    /// Forgets a connection that has ended.
+    pub fn remove(&self, conn: &Connection<T>) {
+        let index = conn.key.index;
+        if self.connections.borrow_mut().try_remove(index as usize).is_none() {
+            return;
+        }
+        let metrics = &self.common.metrics;
+        metrics.connections.dec();
+        metrics.closed.get_or_create(&CloseLabel { code: conn.close_code.get() }).inc();
+        self.common.connections.fetch_sub(1, Ordering::Relaxed);
+        let before = self.hub.borrow().channel_count();
+        for channel in self.hub.borrow_mut().leave_all(index) {
+            self.upstream.link.send(LinkRequest::Unsubscribe(self.number, channel));
+        }
+        metrics.channels.dec_by((before - self.hub.borrow().channel_count()) as i64);
+        let machine = conn.machine.borrow();
+        if machine.is_identified() {
+            if machine.inbox().is_some() {
+                self.forget_user(machine.user(), index);
+            }
+            let (user, session) = (machine.user().to_string(), machine.session());
+            self.upstream.link.send(LinkRequest::CloseSession { user, session });
+        }
+    }
+
+    fn forget_user(&self, user: &Rc<str>, index: ConnIndex) {
+        let mut users = self.users.borrow_mut();
+        if let Some(connections) = users.get_mut(user) {
+            connections.retain(|other| *other != index);
+            if connections.is_empty() {
+                users.remove(user);
+            }
+        }
+    }
+
+    /// Whether no connection is left.
+    pub fn is_empty(&self) -> bool {
+        self.connections.borrow().is_empty()
+    }
+
+    /// Sends a close frame, behind what waits or, with `at_once`, instead of it.
+    pub fn close(&self, conn: &Connection<T>, code: CloseCode, why: &str, at_once: bool) {
+        if conn.life.get() == Life::Open {
+            tracing::debug!(code = code.code(), why, session = %conn.machine.borrow().session(), "closing");
+        }
+        conn.close(code, why, at_once, self.now(), self.linger());
+        self.schedule(conn);
+    }
+
+    /// When a connection that begins to close now is dropped.
+    pub fn linger(&self) -> Tick {
+        Wheel::<ConnKey>::after(self.now(), LINGER)
+    }
+
+    /// Coarse time; moved on by the shard's ticker.
+    pub fn now(&self) -> Tick {
+        self.now.get()
+    }
+
+    /// The connection with this key, unless it has ended.
+    fn connection(&self, key: ConnKey) -> Option<Rc<Connection<T>>> {
+        let connections = self.connections.borrow();
+        connections.get(key.index as usize).filter(|conn| conn.key == key).cloned()
+    }
+
+    fn at(&self, index: ConnIndex) -> Option<Rc<Connection<T>>> {
+        self.connections.borrow().get(index as usize).cloned()
+    }
+
+    /// Every connection, now.
+    fn all(&self) -> Vec<ConnKey> {
+        self.connections.borrow().iter().map(|(_, conn)| conn.key).collect()
+    }
+
+    /// Has another look at the connections that wait for room upstream.
+    fn relieve(&self) {
+        self.upstream.flush();
+        if self.upstream.has_room() {
+            for key in self.congested.take() {
+                if let Some(conn) = self.connection(key) {
+                    conn.waits_for_room.set(false);
+                    conn.wake();
+                }
+            }
+        }
+    }
+
+    /// Looks at the connection again when there is room upstream.
+    fn wait_for_room(&self, conn: &Connection<T>) {
+        if !conn.waits_for_room.replace(true) {
+            self.congested.borrow_mut().push(conn.key);
+        }
+    }
+
+    fn report_milestones(&self) {
+        let milestones = self.milestones.take();
+        if !milestones.is_empty() {
+            self.upstream.link.send_or_drop(LinkRequest::Milestones(milestones));
+        }
+    }
+
+    /// Has a deadline of the connection looked at, when it comes before what is in the wheel.
+    fn schedule(&self, conn: &Connection<T>) {
+        let next = self.next_deadline(conn);
+        if next < conn.scheduled.get() && next != NEVER {
+            let mut wheel = self.wheel.borrow_mut();
+            conn.scheduled.set(wheel.insert(next, conn.key));
+        }
+    }
+}

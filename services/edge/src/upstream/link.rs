@@ -1,0 +1,385 @@
+//! The stream to a router: announces what the shards hold, hands out what arrives, attaches again when it ends.
+
+use std::{collections::HashMap, sync::Arc, time::Duration};
+
+use futures::StreamExt;
+use sanjay_proto::{
+    LINK_VERSION,
+    edge::v1::{
+        self as pb, AttachRequest, AttachResponse, EdgeEvent, EdgeHello, edge_event, router_event,
+        router_link_client::RouterLinkClient,
+    },
+};
+use sanjay_protocol::{ErrorBody, ErrorCode, event::Published, json};
+use sanjay_runtime::{ReadinessFlag, SharedRandom, grpc::PeerChannel, random::full_jitter};
+use tokio::{sync::mpsc, time::timeout};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Streaming;
+
+use super::{ConnKey, LinkRequest, ShardEvent, shards::Shards};
+use crate::metrics::Metrics;
+
+/// How long a router has to answer an attach.
+const ATTACH_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Back-off between attaches: full jitter from 100 ms up to this.
+const MAX_BACKOFF: Duration = Duration::from_secs(2);
+
+/// Events that wait for the stream. While so many do, no more requests are taken from the shards.
+const MAX_WAITING: usize = 8_192;
+
+/// Most events in one message.
+const MAX_BATCH: usize = 512;
+
+/// How often the shards are offered what they missed, while they missed something.
+const FLUSH_EVERY: Duration = Duration::from_millis(20);
+
+/// What the task needs.
+pub struct Parts {
+    /// Name of this edge.
+    pub node: String,
+    /// Of this start of the process.
+    pub incarnation: u64,
+    /// To the router.
+    pub channel: PeerChannel,
+    /// From the shards.
+    pub requests: mpsc::Receiver<LinkRequest>,
+    /// To the shards.
+    pub shards: Shards,
+    /// Jitter.
+    pub random: SharedRandom,
+    /// Set while attached.
+    pub ready: ReadinessFlag,
+    /// What happens here.
+    pub metrics: Arc<Metrics>,
+}
+
+/// The task: never ends by itself.
+pub async fn run(parts: Parts) {
+    let Parts { node, incarnation, channel, mut requests, shards, random, ready, metrics } = parts;
+    let mut state = State { shards, routes: HashMap::new(), waiting: Vec::new(), asked: Asked::default() };
+    let mut attempt = 0;
+    loop {
+        let hello = EdgeHello {
+            version: LINK_VERSION,
+            build: env!("CARGO_PKG_VERSION").to_owned(),
+            edge_id: node.clone(),
+            incarnation,
+        };
+        match attach(channel.clone(), hello).await {
+            Ok((outbound, inbound, router)) => {
+                tracing::info!(
+                    router = router.router_id,
+                    incarnation = router.incarnation,
+                    "attached to a router"
+                );
+                ready.set(true);
+                metrics.attached.set(1);
+                attempt = 0;
+                state.announce();
+                let why = state.serve(&mut requests, outbound, inbound).await;
+                state.detached();
+                ready.set(false);
+                metrics.attached.set(0);
+                tracing::warn!(why, "the stream to the router ended; attaching again");
+            }
+            Err(why) => {
+                attempt += 1;
+                tracing::warn!(
+                    why,
+                    attempt,
+                    "cannot attach to a router; check that it runs and edge.router names it"
+                );
+            }
+        }
+        if requests.is_closed() && requests.is_empty() {
+            return;
+        }
+        let pause = full_jitter(&*random, attempt, Duration::from_millis(100), MAX_BACKOFF);
+        let _ = timeout(pause, state.refuse(&mut requests)).await;
+    }
+}
+
+type Attached = (mpsc::Sender<AttachRequest>, Streaming<AttachResponse>, pb::RouterHello);
+
+async fn attach(channel: PeerChannel, hello: EdgeHello) -> Result<Attached, String> {
+    let (outbound, stream) = mpsc::channel(4);
+    let _ = outbound.try_send(AttachRequest { hello: Some(hello), events: Vec::new() });
+    let mut client = RouterLinkClient::new(channel);
+    let attach = async {
+        let response = client
+            .attach(ReceiverStream::new(stream))
+            .await
+            .map_err(|status| format!("{:?}: {}", status.code(), status.message()))?;
+        let mut inbound = response.into_inner();
+        match inbound.message().await {
+            Ok(Some(AttachResponse { hello: Some(hello), .. })) => Ok((inbound, hello)),
+            Ok(_) => Err("the router did not say hello".to_owned()),
+            Err(status) => Err(format!("{:?}: {}", status.code(), status.message())),
+        }
+    };
+    match timeout(ATTACH_TIMEOUT, attach).await {
+        Ok(Ok((inbound, hello))) => Ok((outbound, inbound, hello)),
+        Ok(Err(why)) => Err(why),
+        Err(_) => Err(format!("no answer within {ATTACH_TIMEOUT:?}")),
+    }
+}
+
+/// What the edge holds, seen from the control runtime.
+struct State {
+    shards: Shards,
+    routes: HashMap<Arc<str>, Route>,
+    /// Events that go out with the next message.
+    waiting: Vec<EdgeEvent>,
+    asked: Asked,
+}
+
+/// A channel that some shard holds.
+struct Route {
+    /// Bit n: shard n.
+    mask: u64,
+    /// Epoch and newest offset, once the router confirmed the subscription on this stream.
+    live: Option<(Arc<str>, u64)>,
+}
+
+/// Requests that wait for the router's answer.
+#[derive(Default)]
+struct Asked {
+    next: u64,
+    publishes: HashMap<u64, (ConnKey, Option<u64>)>,
+    sessions: HashMap<Vec<u8>, ConnKey>,
+}
+
+impl State {
+    /// Moves events both ways until the stream ends; says why it did.
+    async fn serve(
+        &mut self,
+        requests: &mut mpsc::Receiver<LinkRequest>,
+        outbound: mpsc::Sender<AttachRequest>,
+        mut inbound: Streaming<AttachResponse>,
+    ) -> String {
+        let mut batch = Vec::new();
+        let mut flush = tokio::time::interval(FLUSH_EVERY);
+        flush.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            let room = MAX_WAITING.saturating_sub(self.waiting.len()).min(MAX_BATCH);
+            tokio::select! {
+                permit = outbound.reserve(), if !self.waiting.is_empty() => {
+                    let Ok(permit) = permit else { return "the router closed the stream".to_owned() };
+                    let rest = self.waiting.split_off(self.waiting.len().min(MAX_BATCH));
+                    let events = std::mem::replace(&mut self.waiting, rest);
+                    permit.send(AttachRequest { hello: None, events });
+                }
+                count = requests.recv_many(&mut batch, room), if room > 0 => {
+                    if count == 0 {
+                        return "the edge shuts down".to_owned();
+                    }
+                    batch.drain(..).for_each(|request| self.on_request(request));
+                }
+                message = inbound.next() => match message {
+                    Some(Ok(AttachResponse { events, .. })) => {
+                        events.into_iter().filter_map(|event| event.event).for_each(|event| self.on_event(event));
+                    }
+                    Some(Err(status)) => return format!("{:?}: {}", status.code(), status.message()),
+                    None => return "the router ended the stream".to_owned(),
+                },
+                _ = flush.tick(), if self.shards.has_marks() => self.shards.flush(),
+            }
+        }
+    }
+
+    /// Between streams: what needs the router is refused or waits for the next one. Never ends.
+    async fn refuse(&mut self, requests: &mut mpsc::Receiver<LinkRequest>) {
+        while let Some(request) = requests.recv().await {
+            match request {
+                LinkRequest::OpenSession { conn, .. } => {
+                    self.shards.replies().reply(conn, ShardEvent::SessionOpened(conn, Err(away())));
+                }
+                LinkRequest::Publish(publish) => {
+                    let event = ShardEvent::Published(publish.conn, publish.id, Err(away()));
+                    self.shards.replies().reply(publish.conn, event);
+                }
+                // Announced when the next stream begins.
+                LinkRequest::Subscribe(..) | LinkRequest::Unsubscribe(..) => self.on_request(request),
+                // The router knows nothing of them until it is announced again.
+                LinkRequest::CloseSession { .. } | LinkRequest::Milestones(_) => {}
+            }
+            self.waiting.clear();
+        }
+        std::future::pending::<()>().await;
+    }
+
+    /// A stream begins: everything that is held is announced.
+    fn announce(&mut self) {
+        self.waiting.clear();
+        let channels = self.routes.keys().map(|name| subscribe(name));
+        self.waiting.extend(channels);
+        self.shards.replies().tell_all(|| ShardEvent::Attached);
+    }
+
+    /// A stream ended: what was asked gets no answer any more.
+    fn detached(&mut self) {
+        self.routes.values_mut().for_each(|route| route.live = None);
+        let asked = std::mem::take(&mut self.asked);
+        self.asked.next = asked.next;
+        for (conn, id) in asked.publishes.into_values() {
+            self.shards.replies().reply(conn, ShardEvent::Published(conn, id, Err(away())));
+        }
+        for conn in asked.sessions.into_values() {
+            self.shards.replies().reply(conn, ShardEvent::SessionOpened(conn, Err(away())));
+        }
+    }
+
+    fn on_request(&mut self, request: LinkRequest) {
+        match request {
+            LinkRequest::Subscribe(shard, name) => self.on_subscribe(shard, name),
+            LinkRequest::Unsubscribe(shard, name) => {
+                let Some(route) = self.routes.get_mut(&name) else { return };
+                route.mask &= !(1 << shard);
+                if route.mask == 0 {
+                    self.routes.remove(&name);
+                    self.send(edge_event::Event::Unsubscribe(pb::Unsubscribe { channel: name.to_string() }));
+                }
+            }
+            LinkRequest::OpenSession { conn, user, session, inbox } => {
+                let session = session.as_bytes().to_vec();
+                self.asked.sessions.insert(session.clone(), conn);
+                self.send(edge_event::Event::OpenSession(pb::OpenSession {
+                    user,
+                    session: session.into(),
+                    inbox,
+                }));
+            }
+            LinkRequest::CloseSession { user, session } => {
+                let session = session.as_bytes().to_vec().into();
+                self.send(edge_event::Event::CloseSession(pb::CloseSession { user, session }));
+            }
+            LinkRequest::Publish(publish) => {
+                self.asked.next += 1;
+                self.asked.publishes.insert(self.asked.next, (publish.conn, publish.id));
+                self.send(edge_event::Event::Publish(pb::Publish {
+                    request: self.asked.next,
+                    channel: publish.channel,
+                    payload: Some(publish.payload),
+                    publisher: publish.publisher,
+                    dedupe_key: publish.dedupe_key,
+                    message_id: publish.message_id.as_bytes().to_vec().into(),
+                    trace: publish.trace,
+                }));
+            }
+            LinkRequest::Milestones(milestones) => {
+                self.send(edge_event::Event::Milestones(pb::Milestones { milestones }));
+            }
+        }
+    }
+
+    fn on_subscribe(&mut self, shard: u16, name: Arc<str>) {
+        if let Some(route) = self.routes.get_mut(&name) {
+            route.mask |= 1 << shard;
+            if let Some((epoch, offset)) = &route.live {
+                let top = (Arc::clone(epoch), *offset);
+                self.shards.replies().tell(shard, ShardEvent::Subscribed(name, Ok(top)));
+            }
+            return;
+        }
+        self.waiting.push(subscribe(&name));
+        self.routes.insert(name, Route { mask: 1 << shard, live: None });
+    }
+
+    fn on_event(&mut self, event: router_event::Event) {
+        match event {
+            router_event::Event::Publication(publication) => {
+                let Some((name, route)) = self.routes.get_key_value(&*publication.channel) else { return };
+                let (name, mask) = (Arc::clone(name), route.mask);
+                self.moved(&name, &publication.epoch, publication.offset);
+                self.shards.publish(mask, &name, &Arc::new(publication));
+            }
+            router_event::Event::Inbox(hint) => self.shards.hint(&Arc::new(hint)),
+            router_event::Event::Subscribed(subscribed) => self.on_subscribed(subscribed),
+            router_event::Event::Published(published) => self.on_published(published),
+            router_event::Event::SessionOpened(opened) => {
+                if let Some(conn) = self.asked.sessions.remove(&opened.session[..]) {
+                    let result = opened.error.map_or(Ok(()), |error| Err(refusal(error)));
+                    self.shards.replies().reply(conn, ShardEvent::SessionOpened(conn, result));
+                }
+            }
+            router_event::Event::Gap(gap) => {
+                let Some((name, route)) = self.routes.get_key_value(&*gap.channel) else { return };
+                let (name, mask) = (Arc::clone(name), route.mask);
+                self.moved(&name, &gap.epoch, gap.top);
+                self.shards.gap(mask, &name, &gap.epoch.as_str().into(), gap.top);
+            }
+            router_event::Event::Resync(_) => self.shards.resync(),
+        }
+    }
+
+    /// Remembers the newest offset of a channel, for shards that subscribe later.
+    fn moved(&mut self, name: &Arc<str>, epoch: &str, offset: u64) {
+        if let Some((known, top)) = self.routes.get_mut(name).and_then(|route| route.live.as_mut()) {
+            *top = offset;
+            if **known != *epoch {
+                *known = epoch.into();
+            }
+        }
+    }
+
+    fn on_subscribed(&mut self, subscribed: pb::Subscribed) {
+        let Some((name, route)) = self.routes.get_key_value(&*subscribed.channel) else { return };
+        let (name, mask) = (Arc::clone(name), route.mask);
+        let result = match subscribed.error {
+            Some(error) => Err(refusal(error)),
+            None => Ok((Arc::from(subscribed.epoch), subscribed.offset)),
+        };
+        match &result {
+            Ok(top) => {
+                if let Some(route) = self.routes.get_mut(&name) {
+                    route.live = Some(top.clone());
+                }
+            }
+            Err(error) => {
+                tracing::warn!(
+                    code = error.code.as_str(),
+                    message = error.message,
+                    "the router refused a subscription"
+                );
+                self.routes.remove(&name);
+            }
+        }
+        for shard in (0..64).filter(|shard| mask & (1 << shard) != 0) {
+            self.shards.replies().tell(shard, ShardEvent::Subscribed(Arc::clone(&name), result.clone()));
+        }
+    }
+
+    fn on_published(&mut self, published: pb::Published) {
+        let Some((conn, id)) = self.asked.publishes.remove(&published.request) else { return };
+        let result = match published.error {
+            Some(error) => Err(refusal(error)),
+            None => Ok(Published {
+                message_id: json::message_id(&published.message_id),
+                epoch: published.epoch,
+                offset: published.offset,
+            }),
+        };
+        self.shards.replies().reply(conn, ShardEvent::Published(conn, id, result));
+    }
+
+    fn send(&mut self, event: edge_event::Event) {
+        self.waiting.push(EdgeEvent { event: Some(event) });
+    }
+}
+
+fn subscribe(name: &str) -> EdgeEvent {
+    EdgeEvent { event: Some(edge_event::Event::Subscribe(pb::Subscribe { channel: name.to_owned() })) }
+}
+
+fn away() -> ErrorBody {
+    ErrorBody::new(
+        ErrorCode::Unavailable,
+        "the router is away; the outcome is unknown: try again with the same dedupe key",
+    )
+}
+
+fn refusal(error: pb::LinkError) -> ErrorBody {
+    let code = ErrorCode::from_text(&error.code);
+    ErrorBody { retryable: error.retryable, ..ErrorBody::new(code, error.message) }
+}

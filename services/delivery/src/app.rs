@@ -1,0 +1,132 @@
+//! Puts a delivery node together.
+
+use std::{sync::Arc, time::Duration};
+
+use anyhow::Context as _;
+use prometheus_client::registry::Registry;
+use sanjay_proto::{delivery::v1::delivery_server::DeliveryServer, edge::v1::inbox_server::InboxServer};
+use sanjay_runtime::{
+    Context, MilestoneRing, Validate,
+    grpc::{ServeOptions, cluster_auth, connect_lazy, serve_with},
+};
+use tokio::net::TcpListener;
+use tonic::service::Routes;
+
+use crate::{
+    auth::ApiKeys,
+    config::Config,
+    grpc::{BackendApi, EdgeApi},
+    inbox::{Committed, Inbox},
+    metrics::Metrics,
+    path::{Paths, Recipients, SERVICE},
+    publish,
+    redeliver::Redelivery,
+    relay,
+    router::Router,
+    store::{self, StoreOptions},
+};
+
+/// How many milestones are remembered.
+const MILESTONES: usize = 65_536;
+
+/// How long connecting to the router may take.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Full names of the gRPC services, for health.
+const SERVICES: &[&str] = &["sanjay.delivery.v1.Delivery", "sanjay.edge.v1.Inbox"];
+
+/// Starts a delivery node on `listener`: opens the store, and runs everything on the context's lifecycle.
+/// Returns once it serves.
+///
+/// # Errors
+/// When the configuration is wrong or the store cannot be opened; the text says what to do.
+pub async fn start(
+    config: Config,
+    listener: TcpListener,
+    context: Context,
+    registry: &mut Registry,
+) -> anyhow::Result<()> {
+    config.validate()?;
+    let ready = context.readiness.register("delivery");
+    let metrics = Metrics::register(registry);
+    let ring = Arc::new(MilestoneRing::new(MILESTONES, SERVICE, context.clock.clone()));
+    let (relay_queue, relay) = relay::queue(metrics.clone());
+    let options = StoreOptions {
+        on_commit: Arc::new(Committed { relay: relay_queue, ring: ring.clone() }),
+        max_unsettled: config.max_unsettled,
+        clock: context.clock.clone(),
+        random: context.random.clone(),
+        metrics: metrics.clone(),
+    };
+    let store =
+        store::open(&config.store.parse()?, options).await.context("the inbox store cannot be opened")?;
+    let channel =
+        connect_lazy(&config.router, &context.cluster_key, CONNECT_TIMEOUT).context("`delivery.router`")?;
+    let router = Router::new(config.router.clone(), channel);
+    let recipients = Arc::new(Recipients::default());
+
+    // These two end by themselves when what feeds them is gone: the store, and the services.
+    let relaying = relay.run(router.clone(), ring.clone(), context.lifecycle.soft());
+    spawn(&context, "delivery relay", relaying);
+    let (publisher, lane) = publish::queue(ring.clone(), context.clock.clone(), context.random.clone());
+    spawn(&context, "delivery publish", lane.run(router.clone()));
+    let redelivery = Redelivery {
+        store: store.clone(),
+        router: router.clone(),
+        ring: ring.clone(),
+        clock: context.clock.clone(),
+        random: context.random.clone(),
+        metrics: metrics.clone(),
+    };
+    spawn(&context, "delivery redelivery", redelivery.run(context.lifecycle.soft()));
+
+    let inbox = Inbox {
+        store: store.clone(),
+        ring: ring.clone(),
+        recipients: recipients.clone(),
+        clock: context.clock.clone(),
+        random: context.random.clone(),
+        metrics: metrics.clone(),
+    };
+    let backend = BackendApi {
+        inbox: inbox.clone(),
+        publisher,
+        paths: Paths { ring, recipients, store, router },
+        metrics,
+        deadline: config.call_timeout(),
+        stop: context.lifecycle.soft(),
+    };
+    let edge = EdgeApi { inbox, deadline: config.call_timeout() };
+    serve(&config, listener, &context, backend, edge).await?;
+    ready.set(true);
+    Ok(())
+}
+
+/// Runs a task without which the node makes no sense.
+fn spawn(context: &Context, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
+    context.lifecycle.spawn_vital(name, async move {
+        task.await;
+        Ok(())
+    });
+}
+
+/// Serves both APIs, each behind its own key.
+async fn serve(
+    config: &Config,
+    listener: TcpListener,
+    context: &Context,
+    backend: BackendApi,
+    edge: EdgeApi,
+) -> anyhow::Result<()> {
+    let mut routes = Routes::builder();
+    routes
+        .add_service(DeliveryServer::with_interceptor(backend, ApiKeys::new(&config.api_keys)))
+        .add_service(InboxServer::with_interceptor(edge, cluster_auth(&context.cluster_key)));
+    let options = ServeOptions {
+        name: "delivery grpc",
+        routes: routes.routes(),
+        health: SERVICES,
+        reflection: config.reflection,
+    };
+    serve_with(listener, options, &context.lifecycle).await
+}

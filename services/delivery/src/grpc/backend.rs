@@ -1,0 +1,233 @@
+//! `sanjay.delivery.v1.Delivery`: the API for product back ends.
+
+use std::{collections::HashSet, future::ready, sync::Arc, time::Duration};
+
+use futures::{FutureExt, future::BoxFuture};
+use sanjay_proto::delivery::v1::{
+    Accepted, DeliveryState, GetDeliveryRequest, GetDeliveryResponse, GetTraceRequest, GetTraceResponse,
+    PublishRequest, PublishResponse, PublishStreamResponse, SendRequest, SendResponse, SendResult,
+    SendStreamResponse, delivery_server::Delivery, publish_stream_response, send_result,
+    send_stream_response,
+};
+use sanjay_protocol::{ErrorCode, Payload, limits::MAX_SEND_USERS, names};
+use sanjay_runtime::trace::extract;
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Response, Status, Streaming};
+use uuid::Uuid;
+
+use super::{
+    Refusal,
+    stream::{Answers, pipelined},
+};
+use crate::{
+    auth::Caller,
+    inbox::{Inbox, Send},
+    metrics::Metrics,
+    path::Paths,
+    publish::{Publish, Publisher},
+};
+
+/// The back ends' API.
+#[derive(Clone)]
+pub(crate) struct BackendApi {
+    pub(crate) inbox: Inbox,
+    pub(crate) publisher: Publisher,
+    pub(crate) paths: Paths,
+    pub(crate) metrics: Metrics,
+    /// How long one call, or one item of a stream, may take.
+    pub(crate) deadline: Duration,
+    /// Ends streams on shutdown.
+    pub(crate) stop: CancellationToken,
+}
+
+impl BackendApi {
+    /// Checks and submits a publish when it is called.
+    fn submit_publish(
+        &self,
+        request: PublishRequest,
+        parent: String,
+    ) -> BoxFuture<'static, Result<PublishResponse, Refusal>> {
+        let metrics = self.metrics.clone();
+        let submitted = checked_publish(request, parent).map(|publish| self.publisher.publish(publish));
+        let deadline = self.deadline;
+        async move {
+            let result = match submitted {
+                Ok(answer) => match tokio::time::timeout(deadline, answer).await {
+                    Ok(result) => result.map_err(Refusal::from),
+                    Err(_) => Err(Refusal::late(deadline)),
+                },
+                Err(refusal) => Err(refusal),
+            };
+            metrics.publish(result.as_ref().map_or_else(|refusal| refusal.code.as_str(), |_| "ok"));
+            let published = result?;
+            let message_id = published.message_id.to_string();
+            Ok(PublishResponse { message_id, epoch: published.epoch, offset: published.offset })
+        }
+        .boxed()
+    }
+
+    /// Checks and submits a send when it is called.
+    fn submit_send(
+        &self,
+        request: SendRequest,
+        caller: Arc<str>,
+        parent: String,
+    ) -> BoxFuture<'static, Result<SendResponse, Refusal>> {
+        let answer = match checked_send(request, caller, parent) {
+            Ok(send) => self.inbox.send(send),
+            Err(refusal) => {
+                self.metrics.send(refusal.code.as_str());
+                return ready(Err(refusal)).boxed();
+            }
+        };
+        let deadline = self.deadline;
+        async move {
+            match tokio::time::timeout(deadline, answer).await {
+                Ok(results) => Ok(SendResponse { results: results.into_iter().map(send_result).collect() }),
+                Err(_) => Err(Refusal::late(deadline)),
+            }
+        }
+        .boxed()
+    }
+}
+
+#[tonic::async_trait]
+impl Delivery for BackendApi {
+    type PublishStreamStream = Answers<PublishStreamResponse>;
+    type SendStreamStream = Answers<SendStreamResponse>;
+
+    async fn publish(&self, request: Request<PublishRequest>) -> Result<Response<PublishResponse>, Status> {
+        let parent = extract(request.metadata());
+        Ok(Response::new(self.submit_publish(request.into_inner(), parent).await?))
+    }
+
+    async fn send(&self, request: Request<SendRequest>) -> Result<Response<SendResponse>, Status> {
+        let (parent, caller) = (extract(request.metadata()), caller(&request)?);
+        Ok(Response::new(self.submit_send(request.into_inner(), caller, parent).await?))
+    }
+
+    async fn publish_stream(
+        &self,
+        request: Request<Streaming<PublishRequest>>,
+    ) -> Result<Response<Self::PublishStreamStream>, Status> {
+        use publish_stream_response::Result as Item;
+        let (parent, api) = (extract(request.metadata()), self.clone());
+        let answers = pipelined(request.into_inner(), self.stop.clone(), move |request| {
+            api.submit_publish(request, parent.clone()).map(|result| PublishStreamResponse {
+                result: Some(result.map_or_else(|refusal| Item::Error(refusal.into()), Item::Published)),
+            })
+        });
+        Ok(Response::new(answers))
+    }
+
+    async fn send_stream(
+        &self,
+        request: Request<Streaming<SendRequest>>,
+    ) -> Result<Response<Self::SendStreamStream>, Status> {
+        use send_stream_response::Result as Item;
+        let (parent, caller, api) = (extract(request.metadata()), caller(&request)?, self.clone());
+        let answers = pipelined(request.into_inner(), self.stop.clone(), move |request| {
+            api.submit_send(request, caller.clone(), parent.clone()).map(|result| SendStreamResponse {
+                result: Some(result.map_or_else(|refusal| Item::Error(refusal.into()), Item::Sent)),
+            })
+        });
+        Ok(Response::new(answers))
+    }
+
+    async fn get_delivery(
+        &self,
+        request: Request<GetDeliveryRequest>,
+    ) -> Result<Response<GetDeliveryResponse>, Status> {
+        let GetDeliveryRequest { user, message_id } = request.into_inner();
+        names::check("user", &user).map_err(Refusal::from)?;
+        let id = checked_message_id(&message_id)?;
+        let looked_up = tokio::time::timeout(self.deadline, self.inbox.lookup(user.clone(), id)).await;
+        let receipt = looked_up.map_err(|_| Refusal::late(self.deadline))?.map_err(Refusal::from)?;
+        let receipt = receipt.ok_or_else(|| {
+            let text = format!(
+                "user {user:?} has no message {id}; check both, and note that the record of a settled message is kept for 7 days"
+            );
+            Refusal::new(ErrorCode::NotFound, text)
+        })?;
+        Ok(Response::new(GetDeliveryResponse {
+            user,
+            message_id: id.to_string(),
+            seq: receipt.seq,
+            state: DeliveryState::try_from(receipt.state.number())
+                .unwrap_or(DeliveryState::Unspecified)
+                .into(),
+            accepted_us: receipt.accepted_us,
+            settled_us: receipt.settled_us,
+        }))
+    }
+
+    async fn get_trace(
+        &self,
+        request: Request<GetTraceRequest>,
+    ) -> Result<Response<GetTraceResponse>, Status> {
+        let id = checked_message_id(&request.get_ref().message_id)?;
+        let path = tokio::time::timeout(self.deadline, self.paths.of(id)).await;
+        let path = path.map_err(|_| Refusal::late(self.deadline))?;
+        if path.milestones.is_empty() && path.missing.is_empty() {
+            let text = format!(
+                "nothing is remembered of message {id}; milestones are kept in memory for recent messages"
+            );
+            return Err(Refusal::new(ErrorCode::NotFound, text).into());
+        }
+        Ok(Response::new(GetTraceResponse { milestones: path.milestones, missing: path.missing }))
+    }
+}
+
+/// Who calls, as the interceptor noted it.
+fn caller<T>(request: &Request<T>) -> Result<Arc<str>, Status> {
+    let caller = request.extensions().get::<Caller>();
+    caller.map(|caller| caller.0.clone()).ok_or_else(|| Status::internal("the caller's name was not noted"))
+}
+
+fn checked_publish(request: PublishRequest, parent: String) -> Result<Publish, Refusal> {
+    names::check("channel", &request.channel)?;
+    names::check_optional("dedupe_key", &request.dedupe_key)?;
+    let payload = Payload::from_backend(request.payload)?.into();
+    Ok(Publish { channel: request.channel, payload, dedupe_key: request.dedupe_key, parent })
+}
+
+fn checked_send(request: SendRequest, caller: Arc<str>, parent: String) -> Result<Send, Refusal> {
+    let SendRequest { users, payload, dedupe_key } = request;
+    if users.is_empty() || users.len() > MAX_SEND_USERS {
+        return Err(Refusal::bad(format!(
+            "users has {} entries; it needs 1 to {MAX_SEND_USERS}",
+            users.len()
+        )));
+    }
+    let mut seen = HashSet::with_capacity(users.len());
+    for (index, user) in users.iter().enumerate() {
+        names::check("user", user).map_err(|error| Refusal::bad(format!("users[{index}]: {error}")))?;
+        if !seen.insert(user.as_str()) {
+            return Err(Refusal::bad(format!(
+                "users[{index}]: {user:?} is named twice; name each user once"
+            )));
+        }
+    }
+    names::check_optional("dedupe_key", &dedupe_key)?;
+    let payload = Payload::from_backend(payload)?.into();
+    Ok(Send { caller, users, payload, dedupe_key, parent })
+}
+
+fn checked_message_id(text: &str) -> Result<Uuid, Refusal> {
+    Uuid::try_parse(text).map_err(|error| {
+        let example = "01890a5d-ac96-774b-bcce-b302099a8057";
+        Refusal::bad(format!("message_id {text:?} is not a UUID ({error}); write it like {example}"))
+    })
+}
+
+fn send_result((user, result): crate::inbox::SendResult) -> SendResult {
+    let result = match result {
+        Ok(appended) => send_result::Result::Accepted(Accepted {
+            message_id: appended.message_id.to_string(),
+            seq: appended.seq,
+            duplicate: appended.duplicate,
+        }),
+        Err(error) => send_result::Result::Error(Refusal::from(error).into()),
+    };
+    SendResult { user, result: Some(result) }
+}

@@ -1,0 +1,120 @@
+//! `sanjay.edge.v1.Inbox`: what edges ask of a delivery node.
+
+use std::time::Duration;
+
+use sanjay_proto::{
+    client::v1::SeqRange,
+    edge::v1::{
+        AckRequest, AckResponse, InboxError, InboxPage, ReadInboxRequest, ReadInboxResponse, UserAck,
+        UserAckResult, inbox_server::Inbox as InboxService,
+    },
+};
+use sanjay_protocol::{ErrorCode, limits::MAX_ACK_RANGES, names};
+use tonic::{Request, Response, Status};
+
+use super::Refusal;
+use crate::{
+    inbox::Inbox,
+    store::{Acked, InboxQuery, MAX_SETTLED_RANGES, Page, Settle, StoreError},
+};
+
+/// Most queries or acks of one call.
+const MAX_ENTRIES: usize = 500;
+
+/// The edges' API.
+#[derive(Clone)]
+pub(crate) struct EdgeApi {
+    pub(crate) inbox: Inbox,
+    /// How long one call may take.
+    pub(crate) deadline: Duration,
+}
+
+#[tonic::async_trait]
+impl InboxService for EdgeApi {
+    async fn read_inbox(
+        &self,
+        request: Request<ReadInboxRequest>,
+    ) -> Result<Response<ReadInboxResponse>, Status> {
+        let queries = request.into_inner().queries;
+        check_count("queries", queries.len())?;
+        for query in &queries {
+            names::check("user", &query.user).map_err(Refusal::from)?;
+        }
+        let queries = queries
+            .into_iter()
+            .map(|query| InboxQuery { user: query.user, after: query.after, limit: query.limit as usize })
+            .collect();
+        let pages = tokio::time::timeout(self.deadline, self.inbox.read(queries)).await;
+        let pages = pages.map_err(|_| Refusal::late(self.deadline))?;
+        Ok(Response::new(ReadInboxResponse { pages: pages.into_iter().map(page).collect() }))
+    }
+
+    async fn ack(&self, request: Request<AckRequest>) -> Result<Response<AckResponse>, Status> {
+        let acks = request.into_inner().acks;
+        check_count("acks", acks.len())?;
+        let mut reported = Vec::new();
+        let mut settles = Vec::with_capacity(acks.len());
+        for mut ack in acks {
+            check_ack(&ack)?;
+            reported.append(&mut ack.milestones);
+            settles.push(Settle {
+                user: ack.user,
+                epoch: ack.epoch,
+                ranges: ack.acked,
+                written: ack.written,
+            });
+        }
+        let results = tokio::time::timeout(self.deadline, self.inbox.ack(settles, reported)).await;
+        let results = results.map_err(|_| Refusal::late(self.deadline))?;
+        Ok(Response::new(AckResponse { results: results.into_iter().map(ack_result).collect() }))
+    }
+}
+
+fn check_count(field: &str, count: usize) -> Result<(), Refusal> {
+    if count > MAX_ENTRIES {
+        return Err(Refusal::bad(format!("{field} has {count} entries; at most {MAX_ENTRIES} are allowed")));
+    }
+    Ok(())
+}
+
+fn check_ack(ack: &UserAck) -> Result<(), Refusal> {
+    names::check("user", &ack.user)?;
+    if ack.acked.len() > MAX_ACK_RANGES {
+        let count = ack.acked.len();
+        return Err(Refusal::bad(format!("acked has {count} ranges; at most {MAX_ACK_RANGES} are allowed")));
+    }
+    match ack.acked.iter().find(|range| range.from == 0 || range.from > range.to) {
+        Some(SeqRange { from, to }) => Err(Refusal::bad(format!(
+            "acked has the range {from} to {to}; a range begins at 1 or above and ends no lower"
+        ))),
+        None => Ok(()),
+    }
+}
+
+fn page(page: Result<Page, StoreError>) -> InboxPage {
+    match page {
+        Ok(Page { epoch, mark, head, covers, messages }) => {
+            InboxPage { epoch, mark, head, covers, messages, error: None }
+        }
+        Err(error) => InboxPage { error: Some(inbox_error(error.into())), ..InboxPage::default() },
+    }
+}
+
+fn ack_result(result: Result<Acked, StoreError>) -> UserAckResult {
+    match result {
+        Ok(acked) if acked.refused > 0 => {
+            let message = format!(
+                "{} ranges were not settled: the inbox has {MAX_SETTLED_RANGES} settled ranges above its mark; ack the oldest unsettled messages first",
+                acked.refused
+            );
+            let error = Refusal::new(ErrorCode::LimitExceeded, message);
+            UserAckResult { mark: acked.mark, error: Some(inbox_error(error)) }
+        }
+        Ok(acked) => UserAckResult { mark: acked.mark, error: None },
+        Err(error) => UserAckResult { mark: 0, error: Some(inbox_error(error.into())) },
+    }
+}
+
+fn inbox_error(refusal: Refusal) -> InboxError {
+    InboxError { code: refusal.code.as_str().to_owned(), message: refusal.message }
+}

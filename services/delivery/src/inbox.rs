@@ -1,0 +1,215 @@
+//! Inboxes as back ends and edges use them: store first, then relay.
+
+use std::sync::Arc;
+
+use futures::{FutureExt, future::BoxFuture};
+use sanjay_proto::{client::v1::Payload, edge::v1::Milestone};
+use sanjay_protocol::ErrorCode;
+use sanjay_runtime::{
+    clock::SharedClock,
+    milestones::MilestoneRing,
+    random::{SharedRandom, uuid_v7},
+    trace::{set_parent, traceparent},
+};
+use tracing::Instrument;
+use uuid::Uuid;
+
+use crate::{
+    metrics::Metrics,
+    path::{Recipients, SERVICE, recipient},
+    relay::{Hint, RelayQueue},
+    store::{
+        Acked, AppendError, Appended, CommitSink, InboxQuery, InboxStore, NewMessage, Page, Receipt, Settle,
+        StoreError,
+    },
+};
+
+/// What a back end sends; checked.
+#[derive(Debug)]
+pub(crate) struct Send {
+    /// The back end.
+    pub(crate) caller: Arc<str>,
+    pub(crate) users: Vec<String>,
+    pub(crate) payload: Payload,
+    pub(crate) dedupe_key: String,
+    /// W3C `traceparent` of the caller, or empty.
+    pub(crate) parent: String,
+}
+
+/// The result for one user of a send.
+pub(crate) type SendResult = (String, Result<Appended, AppendError>);
+
+impl AppendError {
+    /// The code of the protocol for it.
+    pub(crate) fn code(&self) -> ErrorCode {
+        match self {
+            AppendError::AlreadyExists { .. } => ErrorCode::AlreadyExists,
+            AppendError::QueueFull { .. } => ErrorCode::QueueFull,
+            AppendError::Store(error) => error.code(),
+        }
+    }
+}
+
+impl StoreError {
+    /// The code of the protocol for it.
+    pub(crate) fn code(&self) -> ErrorCode {
+        match self {
+            StoreError::Busy => ErrorCode::RateLimited,
+            StoreError::Unavailable(_) => ErrorCode::Unavailable,
+        }
+    }
+}
+
+/// Notes what was committed and hands it to the relay, in the order of the commits.
+pub(crate) struct Committed {
+    pub(crate) relay: RelayQueue,
+    pub(crate) ring: Arc<MilestoneRing>,
+}
+
+impl CommitSink for Committed {
+    fn committed(&self, message: &NewMessage, appended: &Appended) {
+        let message_id = appended.message_id.as_bytes();
+        self.ring.absorb(vec![Milestone {
+            message_id: message_id.to_vec().into(),
+            time_us: appended.time_us,
+            service: SERVICE.to_owned(),
+            stage: "accepted".to_owned(),
+            detail: recipient(&message.user, appended.seq),
+        }]);
+        self.ring.record(message_id, "committed", "");
+        self.relay.offer(Hint {
+            user: message.user.clone(),
+            epoch: appended.epoch,
+            seq: appended.seq,
+            message_id: appended.message_id,
+            payload: message.payload.clone(),
+            time_us: appended.time_us,
+            trace: message.trace.clone(),
+        });
+    }
+}
+
+/// The inboxes of this node.
+#[derive(Clone)]
+pub(crate) struct Inbox {
+    pub(crate) store: Arc<dyn InboxStore>,
+    pub(crate) ring: Arc<MilestoneRing>,
+    pub(crate) recipients: Arc<Recipients>,
+    pub(crate) clock: SharedClock,
+    pub(crate) random: SharedRandom,
+    pub(crate) metrics: Metrics,
+}
+
+impl Inbox {
+    /// Puts a message into each user's inbox. Submits when it is called: sends of one task keep their order.
+    pub(crate) fn send(&self, send: Send) -> BoxFuture<'static, Vec<SendResult>> {
+        let span = tracing::info_span!(
+            "send",
+            otel.kind = "producer",
+            users = send.users.len(),
+            refused = tracing::field::Empty
+        );
+        set_parent(&span, &send.parent);
+        let trace = traceparent(&span);
+        let payload = Arc::new(send.payload);
+        let messages: Vec<NewMessage> = send
+            .users
+            .into_iter()
+            .map(|user| NewMessage {
+                user,
+                caller: send.caller.to_string(),
+                message_id: uuid_v7(&*self.clock, &*self.random),
+                payload: payload.clone(),
+                dedupe_key: send.dedupe_key.clone(),
+                time_us: self.clock.now_us(),
+                trace: trace.clone(),
+            })
+            .collect();
+        let users: Vec<String> = messages.iter().map(|message| message.user.clone()).collect();
+        let appending = span.in_scope(|| self.store.append(messages));
+        let this = self.clone();
+        async move {
+            let results = appending.await;
+            let results: Vec<SendResult> = users
+                .into_iter()
+                .zip(results)
+                .map(|(user, result)| {
+                    this.appended(&user, &result);
+                    (user, result)
+                })
+                .collect();
+            tracing::Span::current()
+                .record("refused", results.iter().filter(|(_, result)| result.is_err()).count());
+            results
+        }
+        .instrument(span)
+        .boxed()
+    }
+
+    /// Counts a result, and remembers whose message it is.
+    fn appended(&self, user: &str, result: &Result<Appended, AppendError>) {
+        match result {
+            Ok(appended) => {
+                self.metrics.send("ok");
+                self.metrics.appended(appended.duplicate);
+                self.recipients.learn(appended.message_id, &Arc::from(user));
+            }
+            Err(error) => self.metrics.send(error.code().as_str()),
+        }
+    }
+
+    /// Reads parts of inboxes for an edge, in the order of the queries.
+    pub(crate) async fn read(&self, queries: Vec<InboxQuery>) -> Vec<Result<Page, StoreError>> {
+        let users: Vec<Arc<str>> = queries.iter().map(|query| Arc::from(query.user.as_str())).collect();
+        let pages = self.store.read(queries).await;
+        self.metrics.reads(pages.len());
+        let mut handed_out = Vec::new();
+        for (user, page) in users.iter().zip(&pages) {
+            let Ok(page) = page else { continue };
+            for message in &page.messages {
+                self.ring.record(&message.message_id, "read", recipient(user, message.seq));
+                if let Ok(message_id) = Uuid::from_slice(&message.message_id) {
+                    self.recipients.learn(message_id, user);
+                }
+            }
+            if !page.messages.is_empty() {
+                handed_out.push(user.to_string());
+            }
+        }
+        // The answer may get lost on the way: what nobody reports written is relayed again.
+        if !handed_out.is_empty() {
+            self.store.arm(handed_out);
+        }
+        pages
+    }
+
+    /// Settles messages and notes what was written, in the order of the entries.
+    pub(crate) async fn ack(
+        &self,
+        settles: Vec<Settle>,
+        reported: Vec<Milestone>,
+    ) -> Vec<Result<Acked, StoreError>> {
+        self.ring.absorb(reported);
+        let users: Vec<Arc<str>> = settles.iter().map(|settle| Arc::from(settle.user.as_str())).collect();
+        let results = self.store.ack(settles).await;
+        for (user, result) in users.iter().zip(&results) {
+            let Ok(acked) = result else { continue };
+            self.metrics.acked(acked.messages.len());
+            for message in &acked.messages {
+                let message_id = message.message_id;
+                let span = tracing::info_span!("ack", otel.kind = "consumer", %message_id, seq = message.seq);
+                set_parent(&span, &message.trace);
+                span.in_scope(|| {
+                    self.ring.record(message_id.as_bytes(), "acked", recipient(user, message.seq))
+                });
+                self.recipients.learn(message_id, user);
+            }
+        }
+        results
+    }
+
+    /// The record of a message.
+    pub(crate) async fn lookup(&self, user: String, message_id: Uuid) -> Result<Option<Receipt>, StoreError> {
+        self.store.lookup(user, message_id).await
+    }
+}

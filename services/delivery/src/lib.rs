@@ -1,0 +1,21 @@
+//! Delivery: takes messages from product back ends, keeps each user's inbox until everything in it is settled,
+//! and relays to the routers.
+
+mod app;
+mod auth;
+mod config;
+mod grpc;
+mod inbox;
+pub mod message;
+pub mod metrics;
+mod path;
+mod publish;
+mod redeliver;
+mod relay;
+mod retry;
+mod router;
+pub mod store;
+
+pub use app::start;
+pub use auth::{ApiKey, hash_api_key};
+pub use config::Config;

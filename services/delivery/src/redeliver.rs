@@ -1,0 +1,239 @@
+//! Relays again what no edge reported written: the last message of an inbox has no successor that would reveal
+//! its loss. Also keeps the store tidy.
+
+use std::{sync::Arc, time::Duration};
+
+use sanjay_proto::edge::v1::InboxHint;
+use sanjay_runtime::{
+    clock::SharedClock,
+    milestones::MilestoneRing,
+    random::{SharedRandom, fraction},
+};
+use tokio::time::MissedTickBehavior;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    metrics::Metrics,
+    relay::Outcome,
+    retry,
+    router::{self, Router},
+    store::{DueInbox, InboxQuery, InboxStore, Next, Page, Rearm, StoreError},
+};
+
+/// How often due inboxes are looked for.
+const SCAN_EVERY: Duration = Duration::from_millis(500);
+
+/// How long the scan rests after the router did not answer, so that a router that is away is asked with one
+/// claim a second and not with the whole backlog.
+const REST: Duration = Duration::from_secs(1);
+
+/// Most inboxes of one claim.
+const MAX_CLAIM: usize = 128;
+
+/// Most claims of one scan; what is left waits for the next.
+const MAX_CLAIMS: usize = 64;
+
+/// Most messages of one inbox that are relayed in one scan. The edge reads the rest from the log.
+const MAX_MESSAGES: usize = 64;
+
+/// For how long a claim holds: longer than the calls that finish it may take together.
+const CLAIM: Duration = Duration::from_secs(30);
+
+/// How often receipts and dedupe keys that are past their time are removed.
+const SWEEP_EVERY: Duration = Duration::from_secs(60);
+
+/// Most that is removed in one step, so that a send waits a few milliseconds for it at most.
+const SWEEP_STEP: usize = 500;
+
+/// Most steps of one sweep.
+const SWEEP_STEPS: usize = 200;
+
+/// Why a scan stopped early.
+#[derive(Debug, thiserror::Error)]
+enum ScanError {
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    Router(#[from] router::RouterError),
+}
+
+/// Relays due inboxes again.
+pub(crate) struct Redelivery {
+    pub(crate) store: Arc<dyn InboxStore>,
+    pub(crate) router: Router,
+    pub(crate) ring: Arc<MilestoneRing>,
+    pub(crate) clock: SharedClock,
+    pub(crate) random: SharedRandom,
+    pub(crate) metrics: Metrics,
+}
+
+impl Redelivery {
+    /// Runs until `stop`.
+    pub(crate) async fn run(self, stop: CancellationToken) {
+        let mut scan = tokio::time::interval(SCAN_EVERY);
+        scan.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut sweep = tokio::time::interval(SWEEP_EVERY);
+        sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut resting = false;
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                _ = scan.tick() => {
+                    match self.scan().await {
+                        Ok(()) => resting = false,
+                        Err(error) => {
+                            if !std::mem::replace(&mut resting, true) {
+                                tracing::warn!(%error, "redelivery rests");
+                            }
+                            scan.reset_after(REST);
+                        }
+                    }
+                }
+                _ = sweep.tick() => self.sweep(&stop).await,
+            }
+        }
+    }
+
+    async fn scan(&self) -> Result<(), ScanError> {
+        self.metrics.store(self.store.stats().await?);
+        for _ in 0..MAX_CLAIMS {
+            let now_us = self.clock.now_us();
+            let claimed = self.store.claim_due(now_us, now_us + micros(CLAIM), MAX_CLAIM).await?;
+            let last = claimed.len() < MAX_CLAIM;
+            if !claimed.is_empty() {
+                self.relay(claimed).await?;
+            }
+            if last {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Relays the unwritten messages of claimed inboxes and says when they are due again.
+    async fn relay(&self, claimed: Vec<DueInbox>) -> Result<(), ScanError> {
+        let queries = claimed
+            .iter()
+            .map(|inbox| InboxQuery {
+                user: inbox.user.clone(),
+                after: Some(inbox.after),
+                limit: MAX_MESSAGES,
+            })
+            .collect();
+        let mut attempts: Vec<Attempt> = claimed
+            .into_iter()
+            .zip(self.store.read(queries).await)
+            .map(|(inbox, page)| Attempt::new(inbox, page))
+            .collect();
+        let hints: Vec<(usize, InboxHint)> = attempts
+            .iter_mut()
+            .enumerate()
+            .flat_map(|(index, attempt)| attempt.hints().map(move |hint| (index, hint)))
+            .collect();
+        let mut failed = None;
+        for call in router::split(hints, |(_, hint)| prost::Message::encoded_len(hint)) {
+            let (indices, hints): (Vec<_>, Vec<_>) = call.into_iter().unzip();
+            let ids: Vec<_> =
+                hints.iter().filter_map(|hint| Some(hint.message.as_ref()?.message_id.clone())).collect();
+            // After one failure the rest is not tried: it would wait as long.
+            let outcomes = match &failed {
+                None => self.router.relay(hints).await,
+                Some(error) => Err(Clone::clone(error)),
+            };
+            match outcomes {
+                Ok(outcomes) => {
+                    for ((index, message_id), number) in indices.into_iter().zip(ids).zip(outcomes) {
+                        let outcome = Outcome::from_number(number);
+                        let stage = if outcome == Outcome::Offline { "parked" } else { "relayed" };
+                        self.ring.record(&message_id, stage, format!("again, {}", outcome.as_str()));
+                        self.metrics.relayed(outcome, 1);
+                        self.metrics.redelivered(1);
+                        attempts[index].note(outcome);
+                    }
+                }
+                Err(error) => {
+                    self.metrics.relayed(Outcome::Failed, indices.len());
+                    indices.into_iter().for_each(|index| attempts[index].note(Outcome::Failed));
+                    failed = Some(error);
+                }
+            }
+        }
+        self.store.rearm(attempts.into_iter().map(|attempt| self.rearm(attempt)).collect()).await?;
+        failed.map_or(Ok(()), |error| Err(error.into()))
+    }
+
+    fn rearm(&self, attempt: Attempt) -> Rearm {
+        let soon = |count| Next::At {
+            due_us: self.clock.now_us() + micros(retry::delay(count, fraction(&*self.random))),
+            attempt: count,
+        };
+        let next = match attempt.result {
+            // A router that is away says nothing about the user, so the schedule stays where it is.
+            AttemptResult::NotTried => soon(attempt.inbox.attempt),
+            AttemptResult::Tried => soon(attempt.inbox.attempt.saturating_add(1)),
+            AttemptResult::NothingToDo | AttemptResult::Offline => Next::Parked,
+        };
+        Rearm { user: attempt.inbox.user, armed: attempt.inbox.armed, next }
+    }
+
+    async fn sweep(&self, stop: &CancellationToken) {
+        for _ in 0..SWEEP_STEPS {
+            match self.store.sweep(self.clock.now_us(), SWEEP_STEP).await {
+                Ok(removed) if removed == SWEEP_STEP && !stop.is_cancelled() => {}
+                Ok(_) => return,
+                Err(error) => return tracing::warn!(%error, "the inbox store was not swept"),
+            }
+        }
+    }
+}
+
+/// What relaying an inbox again came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum AttemptResult {
+    /// It was not read or not relayed.
+    NotTried,
+    /// Everything unwritten in it is settled.
+    NothingToDo,
+    /// The user has no session anywhere.
+    Offline,
+    /// Relayed, or it is not known where the user is.
+    Tried,
+}
+
+struct Attempt {
+    inbox: DueInbox,
+    page: Page,
+    result: AttemptResult,
+}
+
+impl Attempt {
+    fn new(inbox: DueInbox, page: Result<Page, StoreError>) -> Self {
+        let result = match &page {
+            Ok(page) if page.messages.is_empty() && page.covers >= page.head => AttemptResult::NothingToDo,
+            _ => AttemptResult::NotTried,
+        };
+        Self { inbox, page: page.unwrap_or_default(), result }
+    }
+
+    fn hints(&mut self) -> impl Iterator<Item = InboxHint> + use<> {
+        let (user, inbox_epoch) = (self.inbox.user.clone(), self.inbox.epoch);
+        std::mem::take(&mut self.page.messages).into_iter().map(move |message| InboxHint {
+            user: user.clone(),
+            message: Some(message),
+            inbox_epoch,
+        })
+    }
+
+    /// Offline counts only when it is the answer for every message.
+    fn note(&mut self, outcome: Outcome) {
+        self.result = match (self.result, outcome) {
+            (AttemptResult::Tried, _) | (_, Outcome::Relayed | Outcome::Unknown) => AttemptResult::Tried,
+            (AttemptResult::Offline | AttemptResult::NotTried, Outcome::Offline) => AttemptResult::Offline,
+            _ => AttemptResult::NotTried,
+        };
+    }
+}
+
+fn micros(duration: Duration) -> u64 {
+    duration.as_micros() as u64
+}

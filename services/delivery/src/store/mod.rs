@@ -1,0 +1,364 @@
+//! The port to where inboxes live, and the factory of its adapters.
+//!
+//! Every adapter passes the suite in `suite.rs`. What callers may rely on:
+//! - **Atomic.** A sequence number and its message become visible in one step: a number that was given out is a
+//!   message that exists. A message is settled, its receipt written and its inbox's counters raised in one step.
+//! - **Ordered.** The methods submit when they are called, not when the returned future is polled. Messages of
+//!   one `append`, and of appends that one task calls one after the other, get ascending numbers per user.
+//! - **Idempotent.** Settling what is settled changes nothing. Appending again with a dedupe key gives the first
+//!   answer.
+//! - **Bounded.** Submitting never waits; a store with too much to do answers [`StoreError::Busy`].
+//! - **Unknown outcomes.** After [`StoreError::Unavailable`] an append may have happened or not; repeating it
+//!   with the same dedupe key is safe.
+
+pub mod redb;
+mod settled;
+#[cfg(test)]
+pub(crate) mod suite;
+
+use std::{path::PathBuf, sync::Arc, time::Duration};
+
+use futures::future::BoxFuture;
+use sanjay_proto::client::v1::{InboxMessage, Payload, SeqRange};
+use sanjay_runtime::{clock::SharedClock, random::SharedRandom};
+pub use settled::{Settled, TooManyRanges};
+use uuid::Uuid;
+
+use crate::{message::State, metrics::Metrics};
+
+/// Most settled ranges above an inbox's mark: the inbox's record stays small, and with at most 256 messages in
+/// flight on a connection a well-behaved client does not come near it.
+pub const MAX_SETTLED_RANGES: usize = 256;
+
+/// Most messages of one page.
+pub const MAX_PAGE_MESSAGES: usize = 256;
+
+/// Most bytes of one page, unless its first message alone is larger.
+pub const MAX_PAGE_BYTES: usize = 1024 * 1024;
+
+/// Most bytes of all the pages of one `read`, so that they fit one gRPC message of 4 MiB.
+pub const MAX_READ_BYTES: usize = 3 * 1024 * 1024;
+
+/// How long a dedupe key is remembered.
+pub const DEDUPE_WINDOW: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// How long the receipt of a settled message is kept.
+pub const RECEIPT_RETENTION: Duration = Duration::from_secs(7 * 24 * 60 * 60);
+
+/// How long after its commit a message waits for an edge to report it written before it is relayed again.
+pub const FIRST_DUE: Duration = Duration::from_secs(2);
+
+/// A message to put into one user's inbox.
+#[derive(Debug, Clone)]
+pub struct NewMessage {
+    /// Whose inbox.
+    pub user: String,
+    /// The back end that sends; scopes `dedupe_key`.
+    pub caller: String,
+    /// UUID v7.
+    pub message_id: Uuid,
+    /// The body, shared by all messages of one send.
+    pub payload: Arc<Payload>,
+    /// Empty for none.
+    pub dedupe_key: String,
+    /// When the message was accepted, Unix time in microseconds.
+    pub time_us: u64,
+    /// W3C `traceparent`, or empty.
+    pub trace: String,
+}
+
+/// The answer to one appended message.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Appended {
+    /// Position in the inbox, from 1, without gaps.
+    pub seq: u64,
+    /// Id under which the message is stored: of the first one when this is a duplicate.
+    pub message_id: Uuid,
+    /// Epoch of the inbox.
+    pub epoch: u64,
+    /// Whether an earlier message with the same dedupe key was the one that was accepted.
+    pub duplicate: bool,
+    /// When the stored message was accepted, Unix time in microseconds.
+    pub time_us: u64,
+}
+
+/// Why one message was not appended.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum AppendError {
+    /// The dedupe key was used for another payload.
+    #[error(
+        "dedupe_key {key:?} was used for another payload to this user within 24 hours; use a new key for a new message"
+    )]
+    AlreadyExists {
+        /// The key.
+        key: String,
+    },
+    /// The inbox holds as many unsettled messages as it may.
+    #[error(
+        "the user's inbox holds {unsettled} unsettled messages, which is its limit; send again when some are acked"
+    )]
+    QueueFull {
+        /// How many.
+        unsettled: u64,
+    },
+    /// The store could not do it.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// Why the store did not do something. Both are worth trying again.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum StoreError {
+    /// Too much is waiting; nothing was done.
+    #[error("the inbox store has too much to do; nothing was stored, try again in a moment")]
+    Busy,
+    /// The store failed or is away; whether something was done is unknown.
+    #[error("the inbox store is not available: {0}")]
+    Unavailable(String),
+}
+
+/// What to read of one inbox.
+#[derive(Debug, Clone)]
+pub struct InboxQuery {
+    /// Whose inbox.
+    pub user: String,
+    /// Return unsettled messages above it; `None` means from the mark.
+    pub after: Option<u64>,
+    /// At most so many messages, bounded to [`MAX_PAGE_MESSAGES`]; 0 reads the head alone.
+    pub limit: usize,
+}
+
+/// Part of an inbox.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Page {
+    /// Of the inbox; for a user without one, the epoch that its first message will have.
+    pub epoch: u64,
+    /// Everything up to it is settled.
+    pub mark: u64,
+    /// The newest number that was given out; 0 before the first.
+    pub head: u64,
+    /// The head when all that is unsettled above `after` is in `messages`, else the last seq in it, or `after`
+    /// when there is none because of a bound.
+    pub covers: u64,
+    /// Unsettled messages in ascending seq; `delivery` is 1.
+    pub messages: Vec<InboxMessage>,
+}
+
+/// What to settle and to note in one inbox.
+#[derive(Debug, Clone)]
+pub struct Settle {
+    /// Whose inbox.
+    pub user: String,
+    /// Epoch that `ranges` and `written` belong to; those of another epoch are ignored.
+    pub epoch: u64,
+    /// To settle as acked; parts that are settled or above the head are ignored.
+    pub ranges: Vec<SeqRange>,
+    /// Everything up to it was written to a socket of the user; 0 when there is nothing to note. A hint: it may
+    /// be forgotten after a crash.
+    pub written: u64,
+}
+
+/// The answer to one [`Settle`].
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Acked {
+    /// Everything up to it is settled.
+    pub mark: u64,
+    /// What this call settled, ascending; the first [`MAX_REPORTED`] of it.
+    pub messages: Vec<SettledMessage>,
+    /// How many ranges were refused because the inbox would have too many settled ranges above its mark. Their
+    /// messages stay unsettled and are delivered again.
+    pub refused: usize,
+}
+
+/// Most messages that one [`Acked`] names.
+pub const MAX_REPORTED: usize = 256;
+
+/// A message that was just settled.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SettledMessage {
+    /// Its position.
+    pub seq: u64,
+    /// Its id.
+    pub message_id: Uuid,
+    /// W3C `traceparent` that it was stored with, or empty.
+    pub trace: String,
+}
+
+/// The durable record of a message's life.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Receipt {
+    /// Its position.
+    pub seq: u64,
+    /// Where it is in its life.
+    pub state: State,
+    /// Unix time in microseconds.
+    pub accepted_us: u64,
+    /// Unix time in microseconds; 0 while it is not settled.
+    pub settled_us: u64,
+}
+
+/// An inbox with unwritten messages, claimed for redelivery.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DueInbox {
+    /// Whose inbox.
+    pub user: String,
+    /// Its epoch.
+    pub epoch: u64,
+    /// Changes whenever something arms the inbox; [`Rearm::armed`] must give it back.
+    pub armed: u64,
+    /// How often it was relayed again since it was last armed afresh.
+    pub attempt: u32,
+    /// Everything up to it is settled or written.
+    pub after: u64,
+}
+
+/// What follows for a claimed inbox.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rearm {
+    /// Whose inbox.
+    pub user: String,
+    /// [`DueInbox::armed`] of the claim; the call does nothing for an inbox that was armed afresh since.
+    pub armed: u64,
+    /// When it is due again.
+    pub next: Next,
+}
+
+/// When a claimed inbox is due again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Next {
+    /// At a time.
+    At {
+        /// Unix time in microseconds.
+        due_us: u64,
+        /// The attempt count to keep.
+        attempt: u32,
+    },
+    /// Not before something arms it: its user is known to be offline.
+    Parked,
+}
+
+/// How much the store holds, for metrics.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// Inboxes.
+    pub inboxes: u64,
+    /// Unsettled messages.
+    pub unsettled: u64,
+    /// Inboxes that wait for redelivery.
+    pub armed: u64,
+}
+
+/// Where inboxes live. See the module's documentation for what holds for every method.
+pub trait InboxStore: Send + Sync + 'static {
+    /// Puts messages into inboxes, in order; the answers are in the same order. `Ok` means durable. A new
+    /// message arms its inbox [`FIRST_DUE`] after the commit.
+    fn append(&self, messages: Vec<NewMessage>) -> BoxFuture<'static, Vec<Result<Appended, AppendError>>>;
+
+    /// Reads parts of inboxes; the answers are in the order of the queries. Sees everything that `append` and
+    /// `ack` answered before the call.
+    fn read(&self, queries: Vec<InboxQuery>) -> BoxFuture<'static, Vec<Result<Page, StoreError>>>;
+
+    /// Settles messages and notes what was written; the answers are in the order of the entries. `Ok` means
+    /// that what was settled is durable.
+    fn ack(&self, settles: Vec<Settle>) -> BoxFuture<'static, Vec<Result<Acked, StoreError>>>;
+
+    /// The record of a message. `None` means that the user never had such a message, or that it was settled
+    /// more than [`RECEIPT_RETENTION`] ago.
+    fn lookup(
+        &self,
+        user: String,
+        message_id: Uuid,
+    ) -> BoxFuture<'static, Result<Option<Receipt>, StoreError>>;
+
+    /// Arms inboxes that have unwritten messages and are not armed: something is on its way to their users. A
+    /// hint that may be dropped.
+    fn arm(&self, users: Vec<String>);
+
+    /// Claims up to `limit` inboxes that are due at `now_us`, the longest due first, and makes them due again
+    /// at `until_us`: a claim that nobody finishes comes back by itself. No two claims return one inbox within
+    /// that time.
+    fn claim_due(
+        &self,
+        now_us: u64,
+        until_us: u64,
+        limit: usize,
+    ) -> BoxFuture<'static, Result<Vec<DueInbox>, StoreError>>;
+
+    /// Says what follows for claimed inboxes.
+    fn rearm(&self, rearms: Vec<Rearm>) -> BoxFuture<'static, Result<(), StoreError>>;
+
+    /// Removes up to `limit` receipts and dedupe keys that are past their time at `now_us`; returns how many
+    /// were removed. An adapter whose database does this by itself returns 0.
+    fn sweep(&self, now_us: u64, limit: usize) -> BoxFuture<'static, Result<usize, StoreError>>;
+
+    /// How much the store holds.
+    fn stats(&self) -> BoxFuture<'static, Result<Stats, StoreError>>;
+}
+
+/// Hears of each new message once it is durable, before its sender does.
+pub trait CommitSink: Send + Sync + 'static {
+    /// A message was committed. Called in ascending seq per user, for duplicates not at all, on a thread that
+    /// the next commit waits for: it must neither block nor take long.
+    fn committed(&self, message: &NewMessage, appended: &Appended);
+}
+
+/// Ignores commits.
+impl CommitSink for () {
+    fn committed(&self, _: &NewMessage, _: &Appended) {}
+}
+
+/// What an adapter is opened with.
+#[derive(Clone)]
+pub struct StoreOptions {
+    /// Hears of each new message.
+    pub on_commit: Arc<dyn CommitSink>,
+    /// Most unsettled messages of one inbox.
+    pub max_unsettled: u64,
+    /// Wall clock, for due and settled times.
+    pub clock: SharedClock,
+    /// For the store's identity.
+    pub random: SharedRandom,
+    /// Group commits and store errors are counted here.
+    pub metrics: Metrics,
+}
+
+/// Where a store is, as configured.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Location {
+    /// `redb:PATH`: a file on this machine.
+    Redb(PathBuf),
+}
+
+/// A store's location does not have a known form.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is not the location of a store; write redb:PATH, for example redb:/var/lib/sanjay/inbox.redb")]
+pub struct LocationError(String);
+
+impl std::str::FromStr for Location {
+    type Err = LocationError;
+
+    fn from_str(text: &str) -> Result<Self, LocationError> {
+        match text.split_once(':') {
+            Some(("redb", path)) if !path.is_empty() => Ok(Location::Redb(path.into())),
+            _ => Err(LocationError(text.to_owned())),
+        }
+    }
+}
+
+/// Why a store could not be opened. The text says what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The redb file.
+    #[error(transparent)]
+    Redb(#[from] redb::OpenError),
+}
+
+/// Opens the store at a location; takes a while when a file is repaired after a crash.
+///
+/// # Errors
+/// When the store cannot be opened.
+pub async fn open(location: &Location, options: StoreOptions) -> Result<Arc<dyn InboxStore>, OpenError> {
+    match location {
+        Location::Redb(path) => Ok(Arc::new(redb::RedbStore::open(path.clone(), options).await?)),
+    }
+}

@@ -1,0 +1,248 @@
+//! Inboxes in one redb file on this machine.
+//!
+//! One thread writes, in group commits: what is ready goes into one transaction, which is on the disk before any
+//! of it is answered. Readers see the last commit and run on the blocking pool, a few at a time.
+
+mod file;
+mod reader;
+mod tables;
+#[cfg(test)]
+mod tests;
+mod transaction;
+mod writer;
+
+use std::{
+    cell::Cell,
+    path::PathBuf,
+    sync::{
+        Arc, Weak,
+        mpsc::{SyncSender, sync_channel},
+    },
+    thread::JoinHandle,
+};
+
+pub use file::OpenError;
+use file::RedbFile;
+use futures::{FutureExt, future::BoxFuture};
+use tokio::sync::{Semaphore, oneshot};
+use uuid::Uuid;
+use writer::{Operation, Queued, Writer};
+
+use super::{
+    Acked, AppendError, Appended, DueInbox, InboxQuery, InboxStore, NewMessage, Page, Rearm, Receipt, Settle,
+    Stats, StoreError, StoreOptions,
+};
+
+/// Most operations that wait for the writer.
+const MAX_QUEUED: usize = 16_384;
+
+/// Most bytes of payload that wait for the writer, in units of 1 KiB.
+const MAX_QUEUED_KIB: usize = 64 * 1024;
+
+/// Most reads that run at once: they are short, and the blocking pool is shared with the rest of the process.
+const MAX_READERS: usize = 8;
+
+/// Most reads that run or wait.
+const MAX_WAITING_READS: usize = 4_096;
+
+/// The redb adapter. Dropping it finishes what is queued and closes the file.
+pub struct RedbStore {
+    file: Arc<RedbFile>,
+    operations: Option<Arc<SyncSender<Queued>>>,
+    writer: Option<JoinHandle<()>>,
+    queued_kib: Arc<Semaphore>,
+    readers: Arc<Semaphore>,
+    waiting_reads: Arc<Semaphore>,
+    store_id: u64,
+}
+
+impl RedbStore {
+    /// Opens or creates the file at `path`.
+    ///
+    /// # Errors
+    /// When the file is in use, is no store, or cannot be read or written. A file that is not understood is
+    /// never changed.
+    pub async fn open(path: PathBuf, options: StoreOptions) -> Result<Self, OpenError> {
+        let shown = path.display().to_string();
+        let failed = |error: String| OpenError::Other { path: shown.clone(), error };
+        let random = options.random.clone();
+        let opened = tokio::task::spawn_blocking(move || RedbFile::open(path, &*random)).await;
+        let (file, store_id) = opened.map_err(|error| failed(error.to_string()))??;
+        let file = Arc::new(file);
+        let (sender, operations) = sync_channel(MAX_QUEUED);
+        let writer = Writer {
+            file: file.clone(),
+            operations,
+            store_id,
+            max_unsettled: options.max_unsettled,
+            clock: options.clock,
+            metrics: options.metrics,
+            on_commit: options.on_commit,
+            unsynced: Cell::new(0),
+        };
+        let writer = std::thread::Builder::new().name("inbox-writer".to_owned()).spawn(move || writer.run());
+        Ok(Self {
+            file,
+            operations: Some(Arc::new(sender)),
+            writer: Some(writer.map_err(|error| failed(error.to_string()))?),
+            queued_kib: Arc::new(Semaphore::new(MAX_QUEUED_KIB)),
+            readers: Arc::new(Semaphore::new(MAX_READERS)),
+            waiting_reads: Arc::new(Semaphore::new(MAX_WAITING_READS)),
+            store_id,
+        })
+    }
+
+    /// Hands an operation to the writer without waiting; a full queue or a writer that is gone drops it, and
+    /// with it the way to answer.
+    fn submit(&self, operation: Operation, bytes: usize) -> Result<(), StoreError> {
+        let mut permit = None;
+        if bytes > 0 {
+            // One operation larger than the whole queue is let in when the queue is empty.
+            let kib = bytes.div_ceil(1024).min(MAX_QUEUED_KIB) as u32;
+            permit = Some(self.queued_kib.clone().try_acquire_many_owned(kib).map_err(|_| StoreError::Busy)?);
+        }
+        let operations = self.operations.as_ref().expect("it is taken on drop alone");
+        operations.try_send(Queued { operation, bytes, _permit: permit }).map_err(|_| StoreError::Busy)
+    }
+
+    /// Runs a read on the blocking pool.
+    fn run<T: Send + 'static>(
+        &self,
+        read: impl FnOnce(&redb::Database) -> Result<T, redb::Error> + Send + 'static,
+    ) -> BoxFuture<'static, Result<T, StoreError>> {
+        let Ok(waiting) = self.waiting_reads.clone().try_acquire_owned() else {
+            return async { Err(StoreError::Busy) }.boxed();
+        };
+        let (file, readers) = (self.file.clone(), self.readers.clone());
+        async move {
+            let unavailable = |error: String| StoreError::Unavailable(error);
+            let permit = readers.acquire_owned().await.map_err(|error| unavailable(error.to_string()))?;
+            let task = tokio::task::spawn_blocking(move || {
+                let (_permit, _waiting) = (permit, waiting);
+                let database = file.get()?;
+                let path = file.path().display();
+                read(&database)
+                    .map_err(|error| StoreError::Unavailable(format!("reading from {path} failed: {error}")))
+            });
+            task.await.map_err(|error| unavailable(error.to_string()))?
+        }
+        .boxed()
+    }
+}
+
+/// The writer dropped the way to answer: it is gone, which happens on shutdown.
+fn gone() -> StoreError {
+    StoreError::Unavailable("the store is closing".to_owned())
+}
+
+impl InboxStore for RedbStore {
+    fn append(&self, messages: Vec<NewMessage>) -> BoxFuture<'static, Vec<Result<Appended, AppendError>>> {
+        let count = messages.len();
+        let bytes = messages.iter().map(|message| prost::Message::encoded_len(&*message.payload)).sum();
+        let (answer, answered) = oneshot::channel();
+        let submitted = self.submit(Operation::Append { messages, answer }, bytes);
+        async move {
+            let results = match submitted {
+                Ok(()) => answered.await.map_err(|_| gone()),
+                Err(error) => Err(error),
+            };
+            results.unwrap_or_else(|error| (0..count).map(|_| Err(error.clone().into())).collect())
+        }
+        .boxed()
+    }
+
+    fn read(&self, queries: Vec<InboxQuery>) -> BoxFuture<'static, Vec<Result<Page, StoreError>>> {
+        let (count, store_id) = (queries.len(), self.store_id);
+        let pages = self.run(move |database| reader::read(database, store_id, &queries));
+        pages
+            .map(move |pages| match pages {
+                Ok(pages) => pages.into_iter().map(Ok).collect(),
+                Err(error) => (0..count).map(|_| Err(error.clone())).collect(),
+            })
+            .boxed()
+    }
+
+    fn ack(&self, settles: Vec<Settle>) -> BoxFuture<'static, Vec<Result<Acked, StoreError>>> {
+        let count = settles.len();
+        let (answer, answered) = oneshot::channel();
+        let submitted = self.submit(Operation::Ack { settles, answer }, 0);
+        async move {
+            let results = match submitted {
+                Ok(()) => answered.await.map_err(|_| gone()),
+                Err(error) => Err(error),
+            };
+            results.unwrap_or_else(|error| (0..count).map(|_| Err(error.clone())).collect())
+        }
+        .boxed()
+    }
+
+    fn lookup(
+        &self,
+        user: String,
+        message_id: Uuid,
+    ) -> BoxFuture<'static, Result<Option<Receipt>, StoreError>> {
+        self.run(move |database| reader::lookup(database, &user, message_id))
+    }
+
+    fn arm(&self, users: Vec<String>) {
+        // A hint: when the writer is busy, the edge's own reads make up for it.
+        let _dropped = self.submit(Operation::Arm { users }, 0);
+    }
+
+    fn claim_due(
+        &self,
+        now_us: u64,
+        until_us: u64,
+        limit: usize,
+    ) -> BoxFuture<'static, Result<Vec<DueInbox>, StoreError>> {
+        let anything = self.run(move |database| reader::anything_due(database, now_us));
+        let (answer, answered) = oneshot::channel();
+        // Weak, because the writer ends when the last sender is gone.
+        let operations = self.operations.as_ref().map_or_else(Weak::new, Arc::downgrade);
+        async move {
+            if !anything.await? {
+                return Ok(Vec::new());
+            }
+            let operation = Operation::Claim { now_us, until_us, limit, answer };
+            let queued = Queued { operation, bytes: 0, _permit: None };
+            operations.upgrade().ok_or_else(gone)?.try_send(queued).map_err(|_| StoreError::Busy)?;
+            answered.await.map_err(|_| gone())?
+        }
+        .boxed()
+    }
+
+    fn rearm(&self, rearms: Vec<Rearm>) -> BoxFuture<'static, Result<(), StoreError>> {
+        let (answer, answered) = oneshot::channel();
+        let submitted = self.submit(Operation::Rearm { rearms, answer }, 0);
+        async move {
+            submitted?;
+            answered.await.map_err(|_| gone())?
+        }
+        .boxed()
+    }
+
+    fn sweep(&self, now_us: u64, limit: usize) -> BoxFuture<'static, Result<usize, StoreError>> {
+        let (answer, answered) = oneshot::channel();
+        let submitted = self.submit(Operation::Sweep { now_us, limit, answer }, 0);
+        async move {
+            submitted?;
+            answered.await.map_err(|_| gone())?
+        }
+        .boxed()
+    }
+
+    fn stats(&self) -> BoxFuture<'static, Result<Stats, StoreError>> {
+        self.run(reader::stats)
+    }
+}
+
+impl Drop for RedbStore {
+    fn drop(&mut self) {
+        drop(self.operations.take());
+        if let Some(writer) = self.writer.take()
+            && writer.join().is_err()
+        {
+            tracing::error!("the inbox store's writer ended in a panic");
+        }
+    }
+}

@@ -1,0 +1,101 @@
+//! The read side: snapshots of the last commit, never waiting for the writer.
+
+use prost::Message as _;
+use redb::{Database, ReadOnlyTable, ReadableDatabase, ReadableTable, ReadableTableMetadata};
+use sanjay_proto::client::v1::InboxMessage;
+use uuid::Uuid;
+
+use super::tables::{self, InboxRecord, ReceiptRecord};
+use crate::{
+    message::State,
+    store::{InboxQuery, MAX_PAGE_BYTES, MAX_PAGE_MESSAGES, MAX_READ_BYTES, Page, Receipt, Stats},
+};
+
+/// Reads parts of inboxes in one snapshot, within [`MAX_READ_BYTES`] together.
+pub(super) fn read(
+    database: &Database,
+    store_id: u64,
+    queries: &[InboxQuery],
+) -> Result<Vec<Page>, redb::Error> {
+    let transaction = database.begin_read()?;
+    let inboxes = transaction.open_table(tables::INBOXES)?;
+    let bodies = transaction.open_table(tables::BODIES)?;
+    let mut budget = MAX_READ_BYTES;
+    queries
+        .iter()
+        .map(|query| {
+            let record: InboxRecord = match inboxes.get(query.user.as_str())? {
+                Some(bytes) => tables::decode("inboxes", bytes.value())?,
+                None => InboxRecord { epoch: tables::epoch(store_id, &query.user), ..InboxRecord::default() },
+            };
+            read_page(&bodies, &record, query, &mut budget)
+        })
+        .collect()
+}
+
+fn read_page(
+    bodies: &ReadOnlyTable<(&'static str, u64), &'static [u8]>,
+    record: &InboxRecord,
+    query: &InboxQuery,
+    budget: &mut usize,
+) -> Result<Page, redb::Error> {
+    let after = query.after.unwrap_or(record.mark);
+    let InboxRecord { epoch, mark, head, .. } = *record;
+    let mut page = Page { epoch, mark, head, covers: head, messages: Vec::new() };
+    let limit = query.limit.min(MAX_PAGE_MESSAGES);
+    let mut bytes = 0;
+    let user = query.user.as_str();
+    let above = after.saturating_add(1).max(mark + 1);
+    for entry in bodies.range((user, above)..=(user, u64::MAX))? {
+        let (_, body) = entry?;
+        let size = body.value().len();
+        let fits = bytes == 0 || bytes + size <= MAX_PAGE_BYTES;
+        if page.messages.len() >= limit || !fits || size > *budget {
+            page.covers = page.messages.last().map_or(after, |last: &InboxMessage| last.seq);
+            break;
+        }
+        page.messages.push(
+            InboxMessage::decode(body.value())
+                .map_err(|error| redb::Error::Corrupted(format!("a record of table bodies: {error}")))?,
+        );
+        bytes += size;
+        *budget -= size;
+    }
+    Ok(page)
+}
+
+/// Reads the record of a message.
+pub(super) fn lookup(
+    database: &Database,
+    user: &str,
+    message_id: Uuid,
+) -> Result<Option<Receipt>, redb::Error> {
+    let receipts = database.begin_read()?.open_table(tables::RECEIPTS)?;
+    let Some(bytes) = receipts.get((user, message_id.as_u128()))? else { return Ok(None) };
+    let record: ReceiptRecord = tables::decode("receipts", bytes.value())?;
+    let state = State::from_number(record.state)
+        .ok_or_else(|| redb::Error::Corrupted(format!("a receipt has the unknown state {}", record.state)))?;
+    Ok(Some(Receipt {
+        seq: record.seq,
+        state,
+        accepted_us: record.accepted_us,
+        settled_us: record.settled_us,
+    }))
+}
+
+/// Whether an inbox is due: a look that takes no write transaction.
+pub(super) fn anything_due(database: &Database, now_us: u64) -> Result<bool, redb::Error> {
+    let due = database.begin_read()?.open_table(tables::DUE)?;
+    let first = due.first()?;
+    Ok(first.is_some_and(|(key, _)| key.value().0 <= now_us))
+}
+
+/// How much the tables hold.
+pub(super) fn stats(database: &Database) -> Result<Stats, redb::Error> {
+    let transaction = database.begin_read()?;
+    Ok(Stats {
+        inboxes: transaction.open_table(tables::INBOXES)?.len()?,
+        unsettled: transaction.open_table(tables::BODIES)?.len()?,
+        armed: transaction.open_table(tables::DUE)?.len()?,
+    })
+}

@@ -1,0 +1,250 @@
+//! The redb adapter: the shared suite, crashes, and files that cannot be opened.
+
+use std::{
+    io::{BufRead, BufReader},
+    process::{Command, Stdio},
+    time::Duration,
+};
+
+use proptest::prelude::*;
+use sanjay_runtime::{
+    clock::{ManualClock, SystemClock},
+    random::{OsRandom, SeededRandom},
+};
+use tempfile::TempDir;
+
+use super::*;
+use crate::{
+    metrics,
+    store::suite::{self, Harness, MAX_UNSETTLED, message, operations, read_all, settle},
+};
+
+struct Redb {
+    directory: TempDir,
+    clock: Arc<ManualClock>,
+}
+
+impl Redb {
+    fn new() -> Self {
+        // The wall clock of the suite begins late enough for every retention to lie in the past.
+        Self {
+            directory: tempfile::tempdir().unwrap(),
+            clock: Arc::new(ManualClock::new(1_700_000_000_000_000)),
+        }
+    }
+
+    fn path(&self) -> PathBuf {
+        self.directory.path().join("inbox.redb")
+    }
+
+    async fn open(&self) -> Result<RedbStore, OpenError> {
+        RedbStore::open(self.path(), self.options()).await
+    }
+
+    fn options(&self) -> StoreOptions {
+        StoreOptions {
+            max_unsettled: MAX_UNSETTLED,
+            clock: self.clock.clone(),
+            random: Arc::new(SeededRandom::new(7)),
+            metrics: metrics::for_tests(),
+            on_commit: Arc::new(()),
+        }
+    }
+}
+
+impl Harness for Redb {
+    fn clock(&self) -> &Arc<ManualClock> {
+        &self.clock
+    }
+
+    async fn reopen(&mut self) -> Arc<dyn InboxStore> {
+        Arc::new(self.open().await.unwrap())
+    }
+}
+
+#[tokio::test]
+async fn fixed_cases() {
+    suite::fixed_cases(Redb::new).await;
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    #[test]
+    fn agrees_with_the_model(operations in operations()) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(suite::agrees_with_the_model(Redb::new(), operations));
+    }
+}
+
+/// The counters in the file, which the port does not show, add up.
+#[tokio::test]
+async fn counters_add_up() {
+    let redb = Redb::new();
+    let store = redb.open().await.unwrap();
+    let batch: Vec<_> = (1..=10).map(|id| message("bob", id, "x", "", &redb.clock)).collect();
+    let epoch = store.append(batch).await.remove(0).unwrap().epoch;
+    store.ack(vec![settle("bob", epoch, &[(2, 3), (7, 90)], 5)]).await.remove(0).unwrap();
+    drop(store);
+    let database = redb::Database::open(redb.path()).unwrap();
+    let inboxes = redb::ReadableDatabase::begin_read(&database).unwrap().open_table(tables::INBOXES).unwrap();
+    let record: tables::InboxRecord =
+        tables::decode("inboxes", inboxes.get("bob").unwrap().unwrap().value()).unwrap();
+    assert_eq!((record.head, record.acked, record.unsettled(), record.written), (10, 6, 4, 5));
+    assert_eq!(record.settled, [2, 3, 7, 10]);
+}
+
+#[tokio::test]
+async fn ranges_beyond_the_bound_stay_unsettled() {
+    let redb = Redb::new();
+    let store =
+        RedbStore::open(redb.path(), StoreOptions { max_unsettled: 10_000, ..redb.options() }).await.unwrap();
+    let batch: Vec<_> = (1..=600).map(|id| message("bob", id, "x", "", &redb.clock)).collect();
+    let epoch = store.append(batch).await.remove(0).unwrap().epoch;
+    let even: Vec<(u64, u64)> = (1..=300).map(|n| (n * 2, n * 2)).collect();
+    let acked = store.ack(vec![settle("bob", epoch, &even, 0)]).await.remove(0).unwrap();
+    assert_eq!((acked.mark, acked.refused, acked.messages.len()), (0, 300 - 256, 256));
+    assert_eq!(store.stats().await.unwrap().unsettled, 600 - 256);
+    let acked = store.ack(vec![settle("bob", epoch, &[(1, 599)], 0)]).await.remove(0).unwrap();
+    assert_eq!((acked.mark, acked.refused), (599, 0));
+    assert_eq!(store.stats().await.unwrap().unsettled, 1);
+}
+
+/// A copy that was made while the store was open has everything that was answered.
+#[tokio::test]
+async fn an_unclean_copy_has_everything_that_was_answered() {
+    let redb = Redb::new();
+    let store = redb.open().await.unwrap();
+    for id in 1..=10 {
+        store.append(vec![message("bob", id, "x", "", &redb.clock)]).await.remove(0).unwrap();
+    }
+    let epoch = read_all(&store, "bob").await.epoch;
+    store.ack(vec![settle("bob", epoch, &[(1, 4)], 10)]).await.remove(0).unwrap();
+    let copy = Redb { directory: tempfile::tempdir().unwrap(), clock: redb.clock.clone() };
+    std::fs::copy(redb.path(), copy.path()).unwrap();
+    let copied = copy.open().await.unwrap();
+    assert_eq!(read_all(&copied, "bob").await, read_all(&store, "bob").await);
+}
+
+/// The child of the next test: sends until it is killed, and prints each seq after its answer.
+#[tokio::test]
+#[ignore = "run by killed_writers_lose_nothing"]
+async fn child_that_sends() {
+    let Ok(path) = std::env::var("SANJAY_TEST_STORE") else { return };
+    let options = StoreOptions {
+        max_unsettled: 1_000_000,
+        clock: Arc::new(SystemClock),
+        random: Arc::new(OsRandom),
+        metrics: metrics::for_tests(),
+        on_commit: Arc::new(()),
+    };
+    let store = RedbStore::open(path.into(), options).await.unwrap();
+    let clock = ManualClock::new(1);
+    let first = read_all(&store, "bob").await.head as u128;
+    for id in first + 1.. {
+        let appended = store.append(vec![message("bob", id, "x", "", &clock)]).await.remove(0).unwrap();
+        println!("\nseq {}", appended.seq);
+    }
+}
+
+#[tokio::test]
+async fn killed_writers_lose_nothing() {
+    let redb = Redb::new();
+    let mut answered = 0;
+    for _ in 0..3 {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "store::redb::tests::child_that_sends", "--ignored", "--nocapture"])
+            .env("SANJAY_TEST_STORE", redb.path())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let target = answered + 50;
+        while answered < target {
+            let line = lines.next().expect("the child sends until it is killed").unwrap();
+            if let Some(seq) = line.strip_prefix("seq ") {
+                answered = seq.parse().unwrap();
+            }
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+        // What it printed between our last look and its death was answered too.
+        for line in lines.map_while(Result::ok) {
+            if let Some(seq) = line.strip_prefix("seq ").and_then(|seq| seq.parse().ok()) {
+                answered = seq;
+            }
+        }
+        let store = redb.open().await.unwrap();
+        let page = read_all(&store, "bob").await;
+        assert!(page.head >= answered && page.head <= answered + 1, "{} of {answered}", page.head);
+        assert_eq!(page.messages.len() as u64, page.head.min(256));
+        answered = page.head;
+    }
+}
+
+#[tokio::test]
+async fn a_file_in_use_is_named() {
+    let redb = Redb::new();
+    let _store = redb.open().await.unwrap();
+    let error = redb.open().await.map(|_| ()).unwrap_err();
+    assert!(matches!(error, OpenError::Locked { .. }), "{error}");
+    assert!(error.to_string().contains("inbox.redb is in use by another sanjay process"));
+}
+
+#[tokio::test]
+async fn a_file_that_is_no_store_is_left_alone() {
+    let redb = Redb::new();
+    for content in [b"not a database, and long enough for a header".repeat(200), b"short".to_vec()] {
+        std::fs::write(redb.path(), &content).unwrap();
+        let error = redb.open().await.map(|_| ()).unwrap_err();
+        assert!(matches!(error, OpenError::Corrupt { .. }), "{error}");
+        assert_eq!(std::fs::read(redb.path()).unwrap(), content);
+    }
+}
+
+#[tokio::test]
+async fn another_format_and_a_missing_directory_are_named() {
+    let redb = Redb::new();
+    drop(redb.open().await.unwrap());
+    let database = redb::Database::open(redb.path()).unwrap();
+    let transaction = database.begin_write().unwrap();
+    transaction.open_table(tables::META).unwrap().insert("format", 2).unwrap();
+    transaction.commit().unwrap();
+    drop(database);
+    let error = redb.open().await.map(|_| ()).unwrap_err();
+    assert!(matches!(error, OpenError::Format { found: 2, .. }), "{error}");
+
+    let missing = redb.directory.path().join("nowhere").join("inbox.redb");
+    let error = RedbStore::open(missing, redb.options()).await.map(|_| ()).unwrap_err();
+    assert!(matches!(error, OpenError::NoDirectory { .. }), "{error}");
+}
+
+/// After a failed write everything is refused until the file is open again, which happens by itself.
+#[tokio::test]
+async fn a_closed_file_is_opened_again() {
+    let redb = Redb::new();
+    let store = redb.open().await.unwrap();
+    store.append(vec![message("bob", 1, "x", "", &redb.clock)]).await.remove(0).unwrap();
+    store.file.close();
+    let query = vec![InboxQuery { user: "bob".to_owned(), after: None, limit: 1 }];
+    let error = store.read(query).await.remove(0).unwrap_err();
+    assert!(matches!(error, StoreError::Unavailable(_)), "{error}");
+    let appended = store.append(vec![message("bob", 2, "x", "", &redb.clock)]).await.remove(0);
+    assert_eq!(appended.unwrap().seq, 2);
+}
+
+#[tokio::test]
+async fn a_queue_that_is_full_refuses() {
+    let redb = Redb::new();
+    let store = redb.open().await.unwrap();
+    let all = store.queued_kib.clone().try_acquire_many_owned(MAX_QUEUED_KIB as u32).unwrap();
+    let busy = store.append(vec![message("bob", 1, "x", "", &redb.clock)]).await.remove(0);
+    assert_eq!(busy, Err(AppendError::Store(StoreError::Busy)));
+    drop(all);
+    let taken = tokio::time::timeout(
+        Duration::from_secs(10),
+        store.append(vec![message("bob", 1, "x", "", &redb.clock)]),
+    );
+    assert_eq!(taken.await.unwrap().remove(0).unwrap().seq, 1);
+}

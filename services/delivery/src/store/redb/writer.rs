@@ -1,0 +1,278 @@
+//! The one thread that writes: it takes all operations that are ready, applies them in one transaction, makes
+//! that durable and then answers.
+
+use std::{
+    cell::Cell,
+    ops::ControlFlow,
+    sync::{
+        Arc,
+        mpsc::{Receiver, RecvTimeoutError, TryRecvError},
+    },
+    time::{Duration, Instant},
+};
+
+use redb::Durability;
+use sanjay_runtime::clock::SharedClock;
+use tokio::sync::{OwnedSemaphorePermit, oneshot};
+
+use super::{file::RedbFile, transaction::Tables};
+use crate::{
+    metrics::Metrics,
+    store::{Acked, AppendError, Appended, CommitSink, DueInbox, NewMessage, Rearm, Settle, StoreError},
+};
+
+/// Most messages and acks of one transaction: bounds how long the first of them waits for the last.
+const MAX_BATCH_ITEMS: usize = 4_096;
+
+/// Most bytes of payload in one transaction.
+const MAX_BATCH_BYTES: usize = 8 * 1024 * 1024;
+
+/// Most commits in a row that are not synced: what they free is not used again before one that is.
+const MAX_UNSYNCED: u32 = 64;
+
+/// How long a file that could not be opened again is left alone before the next try.
+const REOPEN_PAUSE: Duration = Duration::from_millis(250);
+
+/// Something to write, with where its answer goes.
+pub(super) enum Operation {
+    Append {
+        messages: Vec<NewMessage>,
+        answer: oneshot::Sender<Vec<Result<Appended, AppendError>>>,
+    },
+    Ack {
+        settles: Vec<Settle>,
+        answer: oneshot::Sender<Vec<Result<Acked, StoreError>>>,
+    },
+    Arm {
+        users: Vec<String>,
+    },
+    Claim {
+        now_us: u64,
+        until_us: u64,
+        limit: usize,
+        answer: oneshot::Sender<Result<Vec<DueInbox>, StoreError>>,
+    },
+    Rearm {
+        rearms: Vec<Rearm>,
+        answer: oneshot::Sender<Result<(), StoreError>>,
+    },
+    Sweep {
+        now_us: u64,
+        limit: usize,
+        answer: oneshot::Sender<Result<usize, StoreError>>,
+    },
+}
+
+/// An operation in the queue, with its share of the queue's bytes.
+pub(super) struct Queued {
+    pub(super) operation: Operation,
+    pub(super) bytes: usize,
+    pub(super) _permit: Option<OwnedSemaphorePermit>,
+}
+
+/// What an operation gets once the transaction is committed.
+enum Outcome {
+    Append(Vec<Result<Appended, AppendError>>),
+    Ack(Vec<Result<Acked, StoreError>>),
+    Claim(Vec<DueInbox>),
+    Sweep(usize),
+    Done,
+}
+
+impl Operation {
+    /// How many messages, acks or inboxes it touches.
+    fn items(&self) -> usize {
+        match self {
+            Operation::Append { messages, .. } => messages.len(),
+            Operation::Ack { settles, .. } => settles.len(),
+            Operation::Arm { users } => users.len(),
+            Operation::Rearm { rearms, .. } => rearms.len(),
+            Operation::Claim { limit, .. } | Operation::Sweep { limit, .. } => *limit,
+        }
+    }
+
+    fn apply(&self, tables: &mut Tables<'_>) -> Result<Outcome, redb::Error> {
+        Ok(match self {
+            Operation::Append { messages, .. } => Outcome::Append(
+                messages.iter().map(|message| tables.append(message)).collect::<Result<_, _>>()?,
+            ),
+            Operation::Ack { settles, .. } => Outcome::Ack(
+                settles.iter().map(|settle| tables.ack(settle).map(Ok)).collect::<Result<_, _>>()?,
+            ),
+            Operation::Arm { users } => {
+                tables.arm(users)?;
+                Outcome::Done
+            }
+            Operation::Claim { now_us, until_us, limit, .. } => {
+                Outcome::Claim(tables.claim_due(*now_us, *until_us, *limit)?)
+            }
+            Operation::Rearm { rearms, .. } => {
+                tables.rearm(rearms)?;
+                Outcome::Done
+            }
+            Operation::Sweep { now_us, limit, .. } => Outcome::Sweep(tables.sweep(*now_us, *limit)?),
+        })
+    }
+
+    /// Answers; who asked may have gone away, which is no concern of the writer.
+    fn answer(self, outcome: Outcome) {
+        match (self, outcome) {
+            (Operation::Append { answer, .. }, Outcome::Append(results)) => drop(answer.send(results)),
+            (Operation::Ack { answer, .. }, Outcome::Ack(results)) => drop(answer.send(results)),
+            (Operation::Claim { answer, .. }, Outcome::Claim(claimed)) => drop(answer.send(Ok(claimed))),
+            (Operation::Rearm { answer, .. }, Outcome::Done) => drop(answer.send(Ok(()))),
+            (Operation::Sweep { answer, .. }, Outcome::Sweep(removed)) => drop(answer.send(Ok(removed))),
+            _ => {}
+        }
+    }
+
+    fn fail(self, error: &StoreError) {
+        match self {
+            Operation::Append { messages, answer } => {
+                drop(answer.send(messages.iter().map(|_| Err(AppendError::Store(error.clone()))).collect()));
+            }
+            Operation::Ack { settles, answer } => {
+                drop(answer.send(settles.iter().map(|_| Err(error.clone())).collect()));
+            }
+            Operation::Claim { answer, .. } => drop(answer.send(Err(error.clone()))),
+            Operation::Rearm { answer, .. } => drop(answer.send(Err(error.clone()))),
+            Operation::Sweep { answer, .. } => drop(answer.send(Err(error.clone()))),
+            Operation::Arm { .. } => {}
+        }
+    }
+}
+
+/// The write side of the store.
+pub(super) struct Writer {
+    pub(super) file: Arc<RedbFile>,
+    pub(super) operations: Receiver<Queued>,
+    pub(super) store_id: u64,
+    pub(super) max_unsettled: u64,
+    pub(super) clock: SharedClock,
+    pub(super) metrics: Metrics,
+    pub(super) on_commit: Arc<dyn CommitSink>,
+    /// Commits since the last one that was synced.
+    pub(super) unsynced: Cell<u32>,
+}
+
+impl Writer {
+    /// Runs until every sender is gone and the queue is empty.
+    pub(super) fn run(self) {
+        let mut tried = None;
+        loop {
+            let batch = match self.next_batch() {
+                ControlFlow::Continue(batch) => batch,
+                ControlFlow::Break(()) => break,
+            };
+            if !self.file.is_open() && tried.is_none_or(|at: Instant| at.elapsed() >= REOPEN_PAUSE) {
+                tried = Some(Instant::now());
+                self.reopen();
+            }
+            if batch.is_empty() {
+                continue;
+            }
+            let started = Instant::now();
+            match self.commit(&batch) {
+                Ok((outcomes, items)) => {
+                    self.metrics.group_commit(items, started.elapsed());
+                    for (queued, outcome) in batch.into_iter().zip(outcomes) {
+                        self.tell(&queued.operation, &outcome);
+                        queued.operation.answer(outcome);
+                    }
+                }
+                Err(error) => {
+                    self.metrics.store_error();
+                    for queued in batch {
+                        queued.operation.fail(&error);
+                    }
+                }
+            }
+        }
+        self.file.close();
+    }
+
+    /// Tells the sink of new messages.
+    fn tell(&self, operation: &Operation, outcome: &Outcome) {
+        let (Operation::Append { messages, .. }, Outcome::Append(results)) = (operation, outcome) else {
+            return;
+        };
+        for (message, result) in messages.iter().zip(results) {
+            if let Ok(appended) = result
+                && !appended.duplicate
+            {
+                self.on_commit.committed(message, appended);
+            }
+        }
+    }
+
+    /// Waits for an operation and takes what is ready with it. Returns nothing now and then while the file is
+    /// closed, so that it is opened again without anybody asking.
+    fn next_batch(&self) -> ControlFlow<(), Vec<Queued>> {
+        let first = if self.file.is_open() {
+            match self.operations.recv() {
+                Ok(first) => first,
+                Err(_) => return ControlFlow::Break(()),
+            }
+        } else {
+            match self.operations.recv_timeout(REOPEN_PAUSE) {
+                Ok(first) => first,
+                Err(RecvTimeoutError::Timeout) => return ControlFlow::Continue(Vec::new()),
+                Err(RecvTimeoutError::Disconnected) => return ControlFlow::Break(()),
+            }
+        };
+        let (mut items, mut bytes) = (first.operation.items(), first.bytes);
+        let mut batch = vec![first];
+        while items < MAX_BATCH_ITEMS && bytes < MAX_BATCH_BYTES {
+            match self.operations.try_recv() {
+                Ok(queued) => {
+                    items += queued.operation.items();
+                    bytes += queued.bytes;
+                    batch.push(queued);
+                }
+                Err(TryRecvError::Empty | TryRecvError::Disconnected) => break,
+            }
+        }
+        ControlFlow::Continue(batch)
+    }
+
+    /// Applies a batch and makes it durable. Returns an outcome for each operation, and how many items were
+    /// made durable.
+    fn commit(&self, batch: &[Queued]) -> Result<(Vec<Outcome>, usize), StoreError> {
+        let database = self.file.get()?;
+        self.try_commit(&database, batch).map_err(|error| {
+            tracing::error!(path = %self.file.path().display(), %error, "the inbox store failed; opening it again");
+            drop(database);
+            self.file.close();
+            StoreError::Unavailable(format!("writing to {} failed: {error}", self.file.path().display()))
+        })
+    }
+
+    fn try_commit(
+        &self,
+        database: &redb::Database,
+        batch: &[Queued],
+    ) -> Result<(Vec<Outcome>, usize), redb::Error> {
+        let mut transaction = database.begin_write()?;
+        let mut tables = Tables::open(&transaction, self.store_id, self.max_unsettled, self.clock.now_us())?;
+        let mut outcomes = Vec::with_capacity(batch.len());
+        for queued in batch {
+            outcomes.push(queued.operation.apply(&mut tables)?);
+        }
+        let must_sync = tables.finish()?;
+        // What nobody was promised can wait for the next durable commit.
+        let sync = must_sync || self.unsynced.get() >= MAX_UNSYNCED;
+        let durability = if sync { Durability::Immediate } else { Durability::None };
+        transaction.set_durability(durability).map_err(|error| redb::Error::Corrupted(error.to_string()))?;
+        transaction.commit()?;
+        self.unsynced.set(if sync { 0 } else { self.unsynced.get() + 1 });
+        let items = batch.iter().filter(|_| must_sync).map(|queued| queued.operation.items()).sum();
+        Ok((outcomes, items))
+    }
+
+    fn reopen(&self) {
+        match self.file.reopen() {
+            Ok(()) => tracing::info!(path = %self.file.path().display(), "the inbox store is open again"),
+            Err(error) => tracing::error!(%error, "the inbox store could not be opened again yet"),
+        }
+    }
+}

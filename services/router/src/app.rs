@@ -1,0 +1,126 @@
+//! Composition root: makes the adapters, the domain and the server, and starts them.
+
+use std::{sync::Arc, time::Duration};
+
+use anyhow::Context as _;
+use prometheus_client::registry::Registry as MetricsRegistry;
+use sanjay_proto::{edge::v1::router_link_server::RouterLinkServer, router::v1::router_server::RouterServer};
+use sanjay_runtime::{
+    Context, MilestoneRing, Validate,
+    grpc::{ServeOptions, cluster_auth, serve_with},
+};
+use tokio::{
+    net::TcpListener,
+    time::{MissedTickBehavior, interval},
+};
+use tonic::service::{Routes, interceptor::InterceptedService};
+
+use crate::{
+    bus::{Bus, Sink},
+    config::Config,
+    fanout::Fanout,
+    grpc::{RouterLinkService, RouterService},
+    link::{LinkLimits, Links},
+    metrics::Metrics,
+    publish::Publisher,
+    registry::{
+        Registry,
+        memory::{Limits, Memory},
+    },
+    relay::Relay,
+    subscriptions::Subscriptions,
+};
+
+const SERVICES: [&str; 2] = ["sanjay.edge.v1.RouterLink", "sanjay.router.v1.Router"];
+
+/// Starts a router on `listener` with the memory adapters. Its tasks belong to `context.lifecycle`; metrics
+/// are added to `registry`.
+///
+/// # Errors
+/// When the configuration is not valid, or the server cannot be set up.
+pub async fn start(
+    config: Config,
+    listener: TcpListener,
+    context: Context,
+    registry: &mut MetricsRegistry,
+) -> anyhow::Result<()> {
+    let limits = Limits { channels: config.max_channels, ..Limits::default() };
+    let memory = Memory::new(limits, Arc::clone(&context.clock), Arc::clone(&context.random));
+    let bus = memory.bus(config.node.as_str().into());
+    start_with(config, listener, context, registry, Arc::new(memory.registry()), Arc::new(bus)).await
+}
+
+/// Like [`start`], on adapters of the caller's choice.
+///
+/// # Errors
+/// When the configuration is not valid, the bus does not take the router, or the server cannot be set up.
+pub async fn start_with(
+    config: Config,
+    listener: TcpListener,
+    context: Context,
+    metrics: &mut MetricsRegistry,
+    registry: Arc<dyn Registry>,
+    bus: Arc<dyn Bus>,
+) -> anyhow::Result<()> {
+    config.validate()?;
+    let ready = context.readiness.register("router");
+    let metrics = Metrics::register(metrics);
+    let router: Arc<str> = config.node.as_str().into();
+    let lease = Duration::from_millis(config.lease_ms.into());
+    let milestones = Arc::new(MilestoneRing::new(config.milestones, "router", Arc::clone(&context.clock)));
+    let fanout = Arc::new(Fanout::new(Arc::clone(&milestones), metrics.clone()));
+    bus.listen(Arc::clone(&fanout) as Arc<dyn Sink>).await.context("listening on the bus")?;
+    let publisher = Arc::new(Publisher::new(Arc::clone(&registry), Arc::clone(&milestones), metrics.clone()));
+    let relay = Arc::new(Relay::new(
+        Arc::clone(&registry),
+        Arc::clone(&bus),
+        Arc::clone(&fanout),
+        Arc::clone(&milestones),
+        metrics.clone(),
+        Arc::clone(&router),
+        lease,
+    ));
+    let links = Arc::new(Links {
+        fanout: Arc::clone(&fanout),
+        subscriptions: Subscriptions::new(Arc::clone(&fanout), bus, Arc::clone(&registry)),
+        registry: Arc::clone(&registry),
+        publisher: Arc::clone(&publisher),
+        milestones: Arc::clone(&milestones),
+        metrics,
+        lifecycle: context.lifecycle.clone(),
+        router,
+        incarnation: context.random.next_u64(),
+        limits: LinkLimits {
+            mailbox: config.mailbox_capacity,
+            channels: config.max_channels_per_edge,
+            sessions: config.max_sessions_per_edge,
+            lease,
+        },
+    });
+    let auth = cluster_auth(&context.cluster_key);
+    let link = RouterLinkServer::new(RouterLinkService { links });
+    let server = RouterServer::new(RouterService { publisher, relay, milestones });
+    let routes = Routes::new(InterceptedService::new(link, auth.clone()))
+        .add_service(InterceptedService::new(server, auth));
+    let options =
+        ServeOptions { name: "router server", routes, health: &SERVICES, reflection: config.reflection };
+    serve_with(listener, options, &context.lifecycle).await?;
+    spawn_upkeep(&context, registry, fanout);
+    ready.set(true);
+    Ok(())
+}
+
+/// Once a second: forget what expired, measure what nothing else measures.
+fn spawn_upkeep(context: &Context, registry: Arc<dyn Registry>, fanout: Arc<Fanout>) {
+    let soft = context.lifecycle.soft();
+    context.lifecycle.spawn("router upkeep", async move {
+        let mut ticks = interval(Duration::from_secs(1));
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        while soft.run_until_cancelled(ticks.tick()).await.is_some() {
+            fanout.measure();
+            if let Err(error) = registry.maintain().await {
+                tracing::warn!(%error, "could not maintain the registry");
+            }
+        }
+    });
+}

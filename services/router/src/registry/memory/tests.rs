@@ -1,0 +1,140 @@
+//! The shared suite over the memory adapters, and what only they promise.
+
+use std::{sync::Arc, time::Duration};
+
+use sanjay_runtime::{ManualClock, SeededRandom};
+use tokio::time::advance;
+
+use super::{Limits, Memory};
+use crate::{
+    bus::{Bus, Sink},
+    registry::{
+        Assigned, EdgeRef, Registry, RegistryError, UserSession,
+        suite::{self, Pair, Recorder, publication},
+    },
+};
+
+fn memory(limits: Limits) -> Arc<Memory> {
+    Memory::new(limits, Arc::new(ManualClock::new(1_000_000)), Arc::new(SeededRandom::new(1)))
+}
+
+async fn publish(memory: &Arc<Memory>, channel: &str, key: &str) -> Assigned {
+    let answers = memory.registry().publish(vec![publication(channel, key)]).await;
+    answers.into_iter().next().unwrap().unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn it_passes_the_suite() {
+    let make = |router: &str| -> Pair {
+        let memory = memory(Limits::default());
+        (Arc::new(memory.registry()), Arc::new(memory.bus(router.into())))
+    };
+    suite::run(make, suite::cases(200, 60)).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_key_is_known_for_its_window() {
+    let memory = memory(Limits::default());
+    let first = publish(&memory, "news", "k").await;
+    advance(Duration::from_secs(299)).await;
+    assert_eq!(publish(&memory, "news", "k").await, Assigned { repeated: true, ..first.clone() });
+    assert!(!publish(&memory, "other", "k").await.repeated, "keys belong to a channel");
+    advance(Duration::from_secs(1)).await;
+    let second = publish(&memory, "news", "k").await;
+    assert_eq!((second.repeated, second.at.offset, second.at.epoch), (false, 2, first.at.epoch));
+}
+
+#[tokio::test]
+async fn the_oldest_key_goes_first() {
+    let memory = memory(Limits { dedupe_keys: 2, ..Limits::default() });
+    for key in ["a", "b", "c"] {
+        publish(&memory, "news", key).await;
+    }
+    assert!(publish(&memory, "news", "b").await.repeated);
+    assert!(publish(&memory, "news", "c").await.repeated);
+    assert!(!publish(&memory, "news", "a").await.repeated);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_idle_channel_begins_a_new_epoch() {
+    let memory = memory(Limits::default());
+    let first = publish(&memory, "news", "").await;
+    advance(Duration::from_secs(599)).await;
+    let second = publish(&memory, "news", "").await;
+    assert_eq!((&second.at.epoch, second.at.offset), (&first.at.epoch, 2));
+    for swept in [false, true] {
+        let before = publish(&memory, "news", "").await;
+        advance(Duration::from_secs(601)).await;
+        if swept {
+            memory.registry().maintain().await.unwrap();
+        }
+        let after = publish(&memory, "news", "").await;
+        assert_ne!(after.at.epoch, before.at.epoch);
+        assert_eq!(after.at.offset, 1);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_subscribed_channel_is_kept() {
+    let memory = memory(Limits::default());
+    let bus = memory.bus("r1".into());
+    bus.listen(Arc::new(Recorder::default()) as Arc<dyn Sink>).await.unwrap();
+    bus.subscribe(&["news".into()]).await[0].clone().unwrap();
+    let first = publish(&memory, "news", "").await;
+    for _ in 0..3 {
+        advance(Duration::from_secs(601)).await;
+        memory.registry().maintain().await.unwrap();
+    }
+    bus.unsubscribe(&["news".into()]).await.unwrap();
+    advance(Duration::from_secs(599)).await;
+    assert_eq!(publish(&memory, "news", "").await.at.epoch, first.at.epoch);
+}
+
+#[tokio::test(start_paused = true)]
+async fn channels_are_bounded_and_idle_ones_make_room() {
+    let memory = memory(Limits { channels: 64, ..Limits::default() });
+    let fill = async |from: usize| {
+        let mut refused = 0;
+        for at in from..from + 1_000 {
+            let new = publication(&format!("c{at}"), "");
+            match memory.registry().publish(vec![new]).await.remove(0) {
+                Ok(_) => {}
+                Err(RegistryError::TooManyChannels { limit: 64 }) => refused += 1,
+                Err(error) => panic!("{error}"),
+            }
+        }
+        refused
+    };
+    assert_eq!(fill(0).await, 936, "every stripe took its one");
+    advance(Duration::from_secs(601)).await;
+    assert_eq!(fill(1_000).await, 936);
+}
+
+#[tokio::test]
+async fn many_sessions_of_an_older_incarnation_go_at_once() {
+    let memory = memory(Limits::default());
+    let registry = memory.registry();
+    let edge = |incarnation| EdgeRef { id: "e1".into(), incarnation };
+    let first = registry.attach(&edge(1), &"r1".into()).await.unwrap();
+    let session = |at: u32| {
+        let mut session = [0; 16];
+        session[..4].copy_from_slice(&at.to_le_bytes());
+        UserSession { user: format!("u{}", at % 100).into(), session, inbox: true }
+    };
+    let sessions: Vec<_> = (0..10_000).map(session).collect();
+    assert!(registry.open_sessions(&first, &sessions).await.iter().all(Result::is_ok));
+    registry.attach(&edge(2), &"r1".into()).await.unwrap();
+    let users: Vec<Arc<str>> = (0..100).map(|at| format!("u{at}").into()).collect();
+    assert!(registry.locate(&users).await.unwrap().iter().all(Vec::is_empty));
+    assert!(memory.sessions.read().is_empty(), "and nothing of them is left");
+}
+
+#[tokio::test]
+async fn several_routers_share_one_memory() {
+    let memory = memory(Limits::default());
+    let (a, b) = (memory.bus("a".into()), memory.bus("b".into()));
+    a.listen(Arc::new(Recorder::default()) as Arc<dyn Sink>).await.unwrap();
+    assert_eq!(b.relay("a", Vec::new()).await, Ok(true));
+    drop(a);
+    assert_eq!(b.relay("a", Vec::new()).await, Ok(false));
+}

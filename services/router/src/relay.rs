@@ -1,0 +1,162 @@
+//! Inbox hints to the edges that hold a user, and where users are.
+
+use std::{collections::HashMap, sync::Arc, time::Duration};
+
+use sanjay_proto::{edge::v1::InboxHint, router::v1::RelayOutcome};
+use sanjay_runtime::{MilestoneRing, trace};
+use tokio::time::Instant;
+use tracing::Span;
+
+use crate::{
+    bus::{Bus, EdgeHint},
+    fanout::Fanout,
+    metrics::Metrics,
+    registry::{EdgeRef, Location, Registry, RegistryError},
+};
+
+/// Hands hints on. A hint may be lost anywhere on its way; the inbox is authoritative.
+pub(crate) struct Relay {
+    registry: Arc<dyn Registry>,
+    bus: Arc<dyn Bus>,
+    fanout: Arc<Fanout>,
+    milestones: Arc<MilestoneRing>,
+    metrics: Metrics,
+    router: Arc<str>,
+    /// Until then edges may not have announced yet what they hold.
+    settled_at: Instant,
+}
+
+/// Where a user is.
+pub(crate) struct Whereabouts {
+    pub(crate) sessions: Vec<Location>,
+    /// False while there may be more.
+    pub(crate) complete: bool,
+}
+
+/// Hints for other routers, with the places of their outcomes.
+type Elsewhere = HashMap<Arc<str>, (Vec<EdgeHint>, Vec<usize>)>;
+
+impl Relay {
+    pub(crate) fn new(
+        registry: Arc<dyn Registry>,
+        bus: Arc<dyn Bus>,
+        fanout: Arc<Fanout>,
+        milestones: Arc<MilestoneRing>,
+        metrics: Metrics,
+        router: Arc<str>,
+        lease: Duration,
+    ) -> Self {
+        let settled_at = Instant::now() + lease;
+        Self { registry, bus, fanout, milestones, metrics, router, settled_at }
+    }
+
+    /// Hands each hint to every edge where its user takes part in the inbox, once an edge. Outcomes stand
+    /// in the same order.
+    pub(crate) async fn relay(&self, hints: Vec<InboxHint>) -> Vec<RelayOutcome> {
+        let users: Vec<Arc<str>> = hints.iter().map(|hint| hint.user.as_str().into()).collect();
+        let places = match self.registry.locate(&users).await {
+            Ok(mut places) => {
+                places.iter_mut().for_each(|places| places.retain(|place| place.inbox));
+                places
+            }
+            Err(error) => {
+                tracing::warn!(%error, hints = hints.len(), "cannot tell where users are");
+                Vec::new()
+            }
+        };
+        let mut edges = vec![0_usize; hints.len()];
+        let mut elsewhere = Elsewhere::new();
+        let mut spans = Vec::new();
+        let ids: Vec<_> = hints.iter().map(message_id).collect();
+        for (at, (mut hint, places)) in hints.into_iter().zip(&places).enumerate() {
+            spans.push(continue_trace(&mut hint));
+            edges[at] = self.hand_over(at, &Arc::new(hint), places, &mut elsewhere);
+        }
+        self.send_elsewhere(elsewhere, &mut edges).await;
+        drop(spans);
+        let outcomes = edges.iter().zip(ids).enumerate().map(|(at, (&edges, id))| {
+            let outcome = match places.get(at) {
+                _ if edges > 0 => RelayOutcome::Relayed,
+                Some(places) if places.is_empty() && self.is_settled() => RelayOutcome::Offline,
+                _ => RelayOutcome::Unspecified,
+            };
+            if edges > 0 {
+                let detail = if edges == 1 { "1 edge".into() } else { format!("{edges} edges") };
+                self.milestones.record(&id, "relayed", detail);
+            }
+            self.metrics.relay(outcome);
+            outcome
+        });
+        outcomes.collect()
+    }
+
+    /// Where each user is, in the order given.
+    pub(crate) async fn locate(&self, users: &[Arc<str>]) -> Result<Vec<Whereabouts>, RegistryError> {
+        let settled = self.is_settled();
+        let places = self.registry.locate(users).await?;
+        let whereabouts = places.into_iter().map(|sessions| {
+            let complete = settled && sessions.iter().all(|place| place.attached);
+            Whereabouts { sessions, complete }
+        });
+        Ok(whereabouts.collect())
+    }
+
+    fn is_settled(&self) -> bool {
+        Instant::now() >= self.settled_at
+    }
+
+    /// Gives the hint to the edges of this router and puts it beside those of other routers; returns how
+    /// many took it.
+    fn hand_over(
+        &self,
+        at: usize,
+        hint: &Arc<InboxHint>,
+        places: &[Location],
+        elsewhere: &mut Elsewhere,
+    ) -> usize {
+        let mut seen: Vec<&EdgeRef> = Vec::new();
+        let mut taken = 0;
+        for place in places {
+            if seen.contains(&&place.edge) {
+                continue;
+            }
+            seen.push(&place.edge);
+            if let Some(link) = self.fanout.link(&place.edge) {
+                taken += usize::from(link.hint(hint));
+            } else if place.attached && place.router != self.router {
+                let (hints, at_places) = elsewhere.entry(Arc::clone(&place.router)).or_default();
+                hints.push(EdgeHint { edge: place.edge.clone(), hint: Arc::clone(hint) });
+                at_places.push(at);
+            }
+        }
+        taken
+    }
+
+    async fn send_elsewhere(&self, elsewhere: Elsewhere, edges: &mut [usize]) {
+        for (router, (hints, places)) in elsewhere {
+            match self.bus.relay(&router, hints).await {
+                Ok(true) => places.into_iter().for_each(|at| edges[at] += 1),
+                Ok(false) => tracing::debug!(%router, "a router that has sessions does not listen"),
+                Err(error) => tracing::warn!(%router, %error, "could not relay hints"),
+            }
+        }
+    }
+}
+
+fn message_id(hint: &InboxHint) -> prost::bytes::Bytes {
+    hint.message.as_ref().map(|message| message.message_id.clone()).unwrap_or_default()
+}
+
+/// Like that of a publication: a span only under a trace.
+fn continue_trace(hint: &mut InboxHint) -> Span {
+    let Some(message) = hint.message.as_mut().filter(|message| !message.trace.is_empty()) else {
+        return Span::none();
+    };
+    let span = tracing::info_span!("relay", otel.kind = "producer");
+    trace::set_parent(&span, &message.trace);
+    let own = trace::traceparent(&span);
+    if !own.is_empty() {
+        message.trace = own;
+    }
+    span
+}

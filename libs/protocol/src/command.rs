@@ -21,7 +21,7 @@ pub struct Envelope {
 /// What a client can ask.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Command {
-    /// The empty envelope; answered by another.
+    /// The empty envelope: with an id a ping, without one the answer to the edge's ping.
     Ping,
     /// Who the client is; always first.
     Hello(Hello),

@@ -168,7 +168,8 @@ impl Relay {
 
     fn note(&self, ring: &MilestoneRing, ids: &[Uuid], outcomes: Vec<i32>) {
         for (message_id, outcome) in ids.iter().zip(outcomes.into_iter().map(Outcome::from_number)) {
-            ring.record(message_id.as_bytes(), "relayed", outcome.as_str());
+            let stage = if outcome == Outcome::Offline { "parked" } else { "relayed" };
+            ring.record(message_id.as_bytes(), stage, outcome.as_str());
             self.metrics.relayed(outcome, 1);
         }
     }

@@ -108,7 +108,8 @@ fn configuration(directory: &Path, options: &Options, heartbeat: Duration, addre
         .collect();
     let store = directory.join("inbox.redb");
     format!(
-        r#"cluster_key = "{CLUSTER_KEY}"
+        r#"[cluster]
+key = "{CLUSTER_KEY}"
 
 [edge]
 listen = "{edge}"
@@ -163,7 +164,7 @@ fn wait_ready(process: &mut Process, admin: SocketAddr, limit: Duration) -> anyh
     while !is_ready(admin) {
         process.check()?;
         anyhow::ensure!(Instant::now() < deadline, "not ready within {limit:?}");
-        runtime.block_on(tokio::time::sleep(Duration::from_millis(50)));
+        runtime.block_on(async { tokio::time::sleep(Duration::from_millis(50)).await });
     }
     Ok(())
 }

@@ -118,6 +118,6 @@ fn heartbeats(client: &mut Part<FromClient>, connections: u32, limit: Duration) 
 
 fn pause(duration: Duration) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build()?;
-    runtime.block_on(tokio::time::sleep(duration));
+    runtime.block_on(async { tokio::time::sleep(duration).await });
     Ok(())
 }

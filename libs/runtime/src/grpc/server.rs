@@ -70,7 +70,7 @@ pub async fn serve_with(
     report(&reporter, health, ServingStatus::Serving).await;
     routes = routes.add_service(health_service);
     if reflection {
-        routes = add_reflection(routes)?;
+        routes = add_reflection(routes, health)?;
     }
     let (soft, hard) = (lifecycle.soft(), lifecycle.hard());
     let incoming = TcpListenerStream::new(listener).then(move |accepted| accept(accepted, hard.clone()));
@@ -118,11 +118,14 @@ async fn report(reporter: &HealthReporter, services: &[&'static str], status: Se
 }
 
 /// Both versions: newer tools ask v1, older ones v1alpha.
-fn add_reflection(routes: Routes) -> anyhow::Result<Routes> {
+/// Only what this server has is listed, though the descriptors name every service of Sanjay.
+fn add_reflection(routes: Routes, services: &[&'static str]) -> anyhow::Result<Routes> {
     let builder = || {
-        tonic_reflection::server::Builder::configure()
+        let builder = tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(sanjay_proto::DESCRIPTORS)
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+            .with_service_name("grpc.health.v1.Health");
+        services.iter().fold(builder, |builder, name| builder.with_service_name(*name))
     };
     let unreadable = "the built-in service descriptors cannot be read";
     let v1 = builder().build_v1().context(unreadable)?;

@@ -283,6 +283,8 @@ impl Machine {
         effects: &mut Vec<Effect>,
     ) {
         match (self.phase, command) {
+            // Without an id it answers a heartbeat: an answer to the answer would go on forever.
+            (_, Command::Ping) if id.is_none() => {}
             (_, Command::Ping) => send(id, Event::Ping, effects),
             (Phase::AwaitHello, Command::Hello(hello)) => self.on_hello(id, hello, around, effects),
             (Phase::AwaitHello, _) => {
@@ -409,7 +411,8 @@ impl Machine {
             self.outstanding += u8::from(id.is_some());
             effects.push(Effect::Ack { id, epoch, ranges });
         } else if id.is_some() {
-            send(id, Event::Ok(Empty {}), effects);
+            let why = "nothing in these ranges was sent on this connection; ack what it was sent";
+            send(id, Event::Error(ErrorBody::new(ErrorCode::BadRequest, why)), effects);
         }
         effects.append(&mut forward);
     }

@@ -231,6 +231,15 @@ fn an_ack_settles_what_was_pushed() {
     let acked = on(&mut machine, Input::Acked(5, Ok(())));
     assert_eq!(acked, [Effect::Send(EventEnvelope { id: Some(5), event: Event::Ok(Empty {}) })]);
     assert_eq!(on(&mut machine, ack(None, 3, 3)), [], "nothing that was pushed");
+    assert_eq!(error_code(&on(&mut machine, ack(Some(6), 3, 3))), Some(ErrorCode::BadRequest));
+}
+
+#[test]
+fn only_a_ping_with_an_id_is_answered() {
+    let mut machine = ready("good");
+    let ping = |id| Input::Command(Envelope { id, command: Command::Ping });
+    assert_eq!(on(&mut machine, ping(None)), []);
+    assert_eq!(on(&mut machine, ping(Some(4))), [Effect::Send(EventEnvelope { id: Some(4), event: Event::Ping })]);
 }
 
 #[derive(Debug, Clone)]

@@ -1,0 +1,150 @@
+//! What can go wrong between a back end and the delivery API, and what is known about the outcome.
+
+use std::{error::Error as _, time::Duration};
+
+use sanjay_proto::delivery::v1;
+use sanjay_protocol::{ErrorBody, ErrorCode};
+use tonic::{Code, ConnectError, Status};
+
+/// Why a call failed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum BackendError {
+    /// An option is of no use.
+    #[error("{0}")]
+    Option(String),
+    /// Nobody listens; nothing was sent.
+    #[error("no server answers at {endpoint}: {reason}")]
+    Unreachable {
+        /// The API's address.
+        endpoint: String,
+        /// What the system said.
+        reason: String,
+    },
+    /// The server does not know the API key.
+    #[error("{endpoint} refused the API key: {reason}; give the key of this server")]
+    WrongKey {
+        /// The API's address.
+        endpoint: String,
+        /// What the server said.
+        reason: String,
+    },
+    /// The server refused the request.
+    #[error("{}", .0.message)]
+    Refused(ErrorBody),
+    /// No answer in time; the outcome is unknown.
+    #[error("no answer within {} s, so the outcome is unknown; repeat with the same dedupe key", .0.as_secs_f64())]
+    Timeout(Duration),
+    /// The call broke; the outcome is unknown.
+    #[error("{0}; the outcome is unknown: repeat with the same dedupe key")]
+    Broken(String),
+}
+
+/// A failed call with what is known about it.
+#[derive(Debug)]
+pub(crate) struct Failure {
+    pub(crate) error: BackendError,
+    /// The request never left: any request may be repeated.
+    pub(crate) not_sent: bool,
+    /// It may have been carried out: only what is idempotent may be repeated.
+    pub(crate) unknown: bool,
+}
+
+impl Failure {
+    pub(crate) fn timeout(within: Duration) -> Self {
+        Self { error: BackendError::Timeout(within), not_sent: false, unknown: true }
+    }
+
+    pub(crate) fn from_status(status: &Status, endpoint: &str, within: Duration) -> Self {
+        if let Some(reason) = connect_error(status) {
+            let error = BackendError::Unreachable { endpoint: endpoint.to_owned(), reason };
+            return Self { error, not_sent: true, unknown: false };
+        }
+        let message = status.message().to_owned();
+        let refused = |code| {
+            let error = BackendError::Refused(ErrorBody::new(code, message.clone()));
+            Self { error, not_sent: false, unknown: false }
+        };
+        match status.code() {
+            Code::Unauthenticated => {
+                let error = BackendError::WrongKey { endpoint: endpoint.to_owned(), reason: message };
+                Self { error, not_sent: false, unknown: false }
+            }
+            Code::InvalidArgument | Code::OutOfRange => refused(ErrorCode::BadRequest),
+            Code::PermissionDenied => refused(ErrorCode::Forbidden),
+            Code::NotFound => refused(ErrorCode::NotFound),
+            Code::AlreadyExists => refused(ErrorCode::AlreadyExists),
+            Code::ResourceExhausted => refused(ErrorCode::RateLimited),
+            Code::FailedPrecondition => refused(ErrorCode::LimitExceeded),
+            Code::Unimplemented => refused(ErrorCode::UnknownCommand),
+            // A client's own deadline ends as `cancelled`.
+            Code::DeadlineExceeded | Code::Cancelled => Self::timeout(within),
+            _ => Self { error: BackendError::Broken(plain(status)), not_sent: false, unknown: true },
+        }
+    }
+}
+
+/// The reason when the request found no connection.
+fn connect_error(status: &Status) -> Option<String> {
+    let mut source = status.source();
+    while let Some(error) = source {
+        if let Some(ConnectError(reason)) = error.downcast_ref::<ConnectError>() {
+            return Some(deepest(&**reason));
+        }
+        source = error.source();
+    }
+    None
+}
+
+/// The innermost cause says what happened; the outer ones only where.
+pub(crate) fn deepest(mut error: &(dyn std::error::Error + 'static)) -> String {
+    while let Some(source) = error.source() {
+        error = source;
+    }
+    error.to_string()
+}
+
+fn plain(status: &Status) -> String {
+    match status.source() {
+        Some(source) => deepest(source),
+        None => format!("{}: {}", status.code().description(), status.message()),
+    }
+}
+
+impl From<v1::Error> for BackendError {
+    fn from(error: v1::Error) -> Self {
+        Self::Refused(body(error))
+    }
+}
+
+pub(crate) fn body(error: v1::Error) -> ErrorBody {
+    ErrorBody {
+        code: ErrorCode::from_text(&error.code),
+        message: error.message,
+        retryable: error.retryable,
+        retry_after_ms: (error.retry_after_ms > 0).then_some(error.retry_after_ms),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_failed_connect_is_known_not_to_be_sent() {
+        let connect = ConnectError(Box::new(std::io::Error::from(std::io::ErrorKind::ConnectionRefused)));
+        let failure =
+            Failure::from_status(&Status::from_error(Box::new(connect)), "http://here", Duration::ZERO);
+        assert!(failure.not_sent && !failure.unknown);
+        assert_eq!(failure.error.to_string(), "no server answers at http://here: connection refused");
+        for (status, unknown) in [
+            (Status::unavailable("the store is away"), true),
+            (Status::internal("a fault"), true),
+            (Status::deadline_exceeded("late"), true),
+            (Status::invalid_argument("users is empty"), false),
+            (Status::unauthenticated("unknown key"), false),
+        ] {
+            let failure = Failure::from_status(&status, "http://here", Duration::ZERO);
+            assert_eq!((failure.not_sent, failure.unknown), (false, unknown), "{status}");
+        }
+    }
+}

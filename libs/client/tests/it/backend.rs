@@ -1,0 +1,306 @@
+use std::{
+    collections::VecDeque,
+    net::SocketAddr,
+    pin::Pin,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use futures::{Stream, StreamExt};
+use sanjay_client::{
+    Backend, BackendError, BackendOptions, Jitter,
+    protocol::{ErrorCode, Payload},
+};
+use sanjay_proto::delivery::v1::{
+    Accepted, Error, GetDeliveryRequest, GetDeliveryResponse, GetTraceRequest, GetTraceResponse,
+    PublishRequest, PublishResponse, PublishStreamResponse, SendRequest, SendResponse, SendResult,
+    SendStreamResponse,
+    delivery_server::{Delivery, DeliveryServer},
+    publish_stream_response, send_result, send_stream_response,
+};
+use tokio::net::TcpListener;
+use tokio_stream::wrappers::TcpListenerStream;
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::soon;
+
+/// What the next call of `Send` or `Publish` does.
+enum Answer {
+    Fail(Status),
+    /// Accepts all but these users, which get a retryable error.
+    AllBut(&'static [&'static str]),
+}
+
+#[derive(Clone, Default)]
+struct Fake {
+    answers: Arc<Mutex<VecDeque<Answer>>>,
+    asked: Arc<Mutex<Vec<Vec<String>>>>,
+}
+
+impl Fake {
+    fn answer(&self, users: Vec<String>) -> Result<SendResponse, Status> {
+        self.asked.lock().unwrap().push(users.clone());
+        let refused = match self.answers.lock().unwrap().pop_front() {
+            Some(Answer::Fail(status)) => return Err(status),
+            Some(Answer::AllBut(users)) => users,
+            None => &[],
+        };
+        let result = |user: String| {
+            let result = if refused.contains(&user.as_str()) {
+                let code = ErrorCode::Unavailable.as_str().to_owned();
+                send_result::Result::Error(Error {
+                    code,
+                    message: "away".into(),
+                    retryable: true,
+                    retry_after_ms: 1,
+                })
+            } else {
+                send_result::Result::Accepted(Accepted {
+                    message_id: format!("id of {user}"),
+                    seq: 1,
+                    duplicate: false,
+                })
+            };
+            SendResult { user, result: Some(result) }
+        };
+        Ok(SendResponse { results: users.into_iter().map(result).collect() })
+    }
+
+    fn asked(&self) -> Vec<Vec<String>> {
+        std::mem::take(&mut self.asked.lock().unwrap())
+    }
+
+    fn next(&self, answers: impl IntoIterator<Item = Answer>) {
+        self.answers.lock().unwrap().extend(answers);
+    }
+}
+
+fn publish(request: &PublishRequest) -> PublishResponse {
+    PublishResponse { message_id: request.channel.clone(), epoch: "a".into(), offset: 1 }
+}
+
+type Replies<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl Delivery for Fake {
+    type PublishStreamStream = Replies<PublishStreamResponse>;
+    type SendStreamStream = Replies<SendStreamResponse>;
+
+    async fn publish(&self, request: Request<PublishRequest>) -> Result<Response<PublishResponse>, Status> {
+        let request = request.into_inner();
+        self.answer(vec![request.channel.clone()])?;
+        Ok(Response::new(publish(&request)))
+    }
+
+    async fn send(&self, request: Request<SendRequest>) -> Result<Response<SendResponse>, Status> {
+        self.answer(request.into_inner().users).map(Response::new)
+    }
+
+    async fn publish_stream(
+        &self,
+        requests: Request<Streaming<PublishRequest>>,
+    ) -> Result<Response<Self::PublishStreamStream>, Status> {
+        let replies = requests.into_inner().map(|request| {
+            let request = request?;
+            let result = if request.channel == "bad" {
+                let code = ErrorCode::BadRequest.as_str().to_owned();
+                publish_stream_response::Result::Error(Error {
+                    code,
+                    message: "bad".into(),
+                    ..Error::default()
+                })
+            } else {
+                publish_stream_response::Result::Published(publish(&request))
+            };
+            Ok(PublishStreamResponse { result: Some(result) })
+        });
+        Ok(Response::new(Box::pin(replies)))
+    }
+
+    async fn send_stream(
+        &self,
+        requests: Request<Streaming<SendRequest>>,
+    ) -> Result<Response<Self::SendStreamStream>, Status> {
+        let fake = self.clone();
+        let replies = requests.into_inner().map(move |request| {
+            let sent = fake.answer(request?.users)?;
+            Ok(SendStreamResponse { result: Some(send_stream_response::Result::Sent(sent)) })
+        });
+        Ok(Response::new(Box::pin(replies)))
+    }
+
+    async fn get_delivery(
+        &self,
+        _: Request<GetDeliveryRequest>,
+    ) -> Result<Response<GetDeliveryResponse>, Status> {
+        Err(Status::not_found("no such message"))
+    }
+
+    async fn get_trace(&self, _: Request<GetTraceRequest>) -> Result<Response<GetTraceResponse>, Status> {
+        Ok(Response::new(GetTraceResponse { milestones: Vec::new(), missing: vec!["router".into()] }))
+    }
+}
+
+async fn serve(fake: Fake, listener: TcpListener) -> tokio::task::JoinHandle<()> {
+    let checked = DeliveryServer::with_interceptor(fake, |request: Request<()>| {
+        match request.metadata().get("authorization").map(|key| key.as_bytes()) {
+            Some(b"Bearer right") => Ok(request),
+            _ => Err(Status::unauthenticated("unknown API key")),
+        }
+    });
+    tokio::spawn(async move {
+        let router = tonic::transport::Server::builder().add_service(checked);
+        router.serve_with_incoming(TcpListenerStream::new(listener)).await.unwrap();
+    })
+}
+
+fn options(address: SocketAddr, key: &str) -> BackendOptions {
+    BackendOptions {
+        jitter: Jitter::from_source(|| 0.01),
+        ..BackendOptions::new(format!("http://{address}"), key)
+    }
+}
+
+async fn start() -> (Fake, Backend) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let fake = Fake::default();
+    serve(fake.clone(), listener).await;
+    (fake, soon(Backend::connect(options(address, "right"))).await.unwrap())
+}
+
+fn hi() -> Payload {
+    Payload::Text("hi".into())
+}
+
+fn away() -> Answer {
+    Answer::Fail(Status::unavailable("the store is away"))
+}
+
+#[tokio::test]
+async fn a_key_makes_a_call_repeatable() {
+    let (fake, backend) = start().await;
+    fake.next([away(), Answer::Fail(Status::deadline_exceeded("late"))]);
+    let sent = soon(backend.send(&["bob"], hi(), "key")).await.unwrap();
+    assert_eq!(sent[0].result.as_ref().unwrap().message_id, "id of bob");
+    assert_eq!(fake.asked().len(), 3);
+
+    fake.next([away()]);
+    let unknown = soon(backend.send(&["bob"], hi(), "")).await;
+    assert!(matches!(&unknown, Err(BackendError::Broken(_))), "{unknown:?}");
+    fake.next([away()]);
+    assert!(soon(backend.publish("news", hi(), "")).await.is_err());
+    assert_eq!(fake.asked().len(), 2, "without a key nothing is repeated");
+
+    fake.next([away()]);
+    assert_eq!(soon(backend.publish("news", hi(), "key")).await.unwrap().offset, 1);
+    fake.asked();
+    fake.next([Answer::Fail(Status::already_exists("the key was used"))]);
+    let refused = soon(backend.send(&["bob"], hi(), "key")).await;
+    assert!(matches!(refused, Err(BackendError::Refused(e)) if e.code == ErrorCode::AlreadyExists));
+    assert_eq!(fake.asked().len(), 1, "what is refused is not repeated");
+}
+
+#[tokio::test]
+async fn only_users_who_have_not_accepted_are_asked_again() {
+    let (fake, backend) = start().await;
+    fake.next([Answer::AllBut(&["b", "c"]), away(), Answer::AllBut(&["c"])]);
+    let sent = soon(backend.send(&["a", "b", "c"], hi(), "key")).await.unwrap();
+    let users: Vec<&str> = sent.iter().map(|result| result.user.as_str()).collect();
+    assert_eq!(users, ["a", "b", "c"]);
+    assert!(sent.iter().all(|result| result.result.is_ok()));
+    assert_eq!(fake.asked(), [vec!["a", "b", "c"], vec!["b", "c"], vec!["b", "c"], vec!["c"]]);
+
+    fake.next([Answer::AllBut(&["b"])]);
+    let sent = soon(backend.send(&["a", "b"], hi(), "")).await.unwrap();
+    assert!(sent[0].result.is_ok());
+    assert_eq!(sent[1].result.as_ref().unwrap_err().code, ErrorCode::Unavailable);
+    assert_eq!(fake.asked().len(), 1);
+}
+
+#[tokio::test]
+async fn streams_answer_in_order() {
+    let (fake, backend) = start().await;
+    let mut publishes = backend.publish_stream();
+    let mut pending = Vec::new();
+    for number in 0..3_000 {
+        let channel = if number == 7 { "bad".to_owned() } else { format!("channel {number}") };
+        pending.push(soon(publishes.publish(&channel, hi(), "")).await.unwrap());
+    }
+    drop(publishes);
+    for (number, reply) in pending.into_iter().enumerate() {
+        match soon(reply.wait()).await {
+            Ok(published) => assert_eq!(published.message_id, format!("channel {number}")),
+            Err(error) => {
+                assert!(number == 7 && matches!(error, BackendError::Refused(_)), "{number}: {error}")
+            }
+        }
+    }
+
+    let mut sends = backend.send_stream();
+    let first = soon(sends.send(&["bob"], hi(), "")).await.unwrap();
+    assert!(soon(first.wait()).await.unwrap()[0].result.is_ok());
+    fake.next([Answer::Fail(Status::unauthenticated("the key was revoked"))]);
+    let second = soon(sends.send(&["bob"], hi(), "")).await.unwrap();
+    let ended = soon(second.wait()).await;
+    assert!(matches!(&ended, Err(BackendError::WrongKey { .. })), "{ended:?}");
+}
+
+#[tokio::test]
+async fn lookups_say_what_is_there() {
+    let (_fake, backend) = start().await;
+    assert_eq!(soon(backend.get_delivery("bob", "id")).await.unwrap(), None);
+    assert_eq!(soon(backend.get_trace("id")).await.unwrap().missing, ["router"]);
+}
+
+#[tokio::test]
+async fn errors_name_what_to_do() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    drop(listener);
+    let closed = soon(Backend::connect(options(address, "right"))).await.unwrap_err();
+    assert!(closed.to_string().starts_with(&format!("no server answers at http://{address}: ")), "{closed}");
+
+    let listener = TcpListener::bind(address).await.unwrap();
+    serve(Fake::default(), listener).await;
+    let backend = soon(Backend::connect(options(address, "wrong"))).await.unwrap();
+    let refused = soon(backend.publish("news", hi(), "")).await.unwrap_err();
+    assert!(matches!(&refused, BackendError::WrongKey { .. }), "{refused}");
+
+    for (endpoint, text) in [("127.0.0.1:8082", "does not begin with http://"), ("https://here", "TLS")] {
+        let error = Backend::connect(BackendOptions::new(endpoint, "key")).await.unwrap_err();
+        assert!(error.to_string().contains(text), "{error}");
+    }
+    let error = Backend::connect(BackendOptions::new("http://here", "k\n")).await.unwrap_err();
+    assert!(error.to_string().contains("API key"), "{error}");
+}
+
+#[tokio::test]
+async fn a_request_that_was_not_sent_is_repeated_without_a_key() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let first = serve(Fake::default(), listener).await;
+    let options = BackendOptions { timeout: Duration::from_secs(5), ..options(address, "right") };
+    let backend = soon(Backend::connect(options)).await.unwrap();
+    soon(backend.publish("news", hi(), "")).await.unwrap();
+    first.abort();
+    let _ = first.await;
+    let again = tokio::spawn(async move {
+        // The lost connection itself may surface once; a refused connect never does.
+        match backend.publish("news", hi(), "").await {
+            Err(BackendError::Broken(_)) => backend.publish("news", hi(), "").await,
+            other => other,
+        }
+    });
+    let listener = soon(async {
+        loop {
+            match TcpListener::bind(address).await {
+                Ok(listener) => break listener,
+                Err(_) => tokio::task::yield_now().await,
+            }
+        }
+    })
+    .await;
+    serve(Fake::default(), listener).await;
+    soon(again).await.unwrap().unwrap();
+}

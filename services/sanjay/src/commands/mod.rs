@@ -1,0 +1,9 @@
+//! The subcommands, one file each: its arguments, and what it does.
+
+pub(crate) mod check_config;
+pub(crate) mod health;
+pub(crate) mod publish;
+pub(crate) mod send;
+pub(crate) mod sub;
+pub(crate) mod token;
+pub(crate) mod trace;

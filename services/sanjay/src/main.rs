@@ -1,0 +1,15 @@
+//! The `sanjay` binary: every role of a server, and the commands of a client.
+
+mod allocator;
+mod cli;
+mod commands;
+mod output;
+mod serve;
+mod payload;
+mod settings;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    cli::run()
+}

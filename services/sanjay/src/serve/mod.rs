@@ -1,0 +1,103 @@
+//! The server side of the binary: settings, secrets, and the wiring of one role or of all three.
+
+pub(crate) mod ready;
+pub(crate) mod roles;
+pub(crate) mod secrets;
+pub(crate) mod settings;
+pub(crate) mod standalone;
+
+use std::{path::PathBuf, sync::Arc, time::Duration};
+
+use anyhow::Context as _;
+use prometheus_client::registry::Registry;
+use sanjay_runtime::{
+    Context, Lifecycle, OsRandom, Readiness, Secret, SystemClock,
+    admin::serve_admin,
+    net::bind,
+    telemetry::{self, Role, TelemetryGuard},
+};
+use tokio::signal::unix::{SignalKind, signal};
+
+use self::settings::Settings;
+
+/// How long the tasks of a process have to end.
+const SHUTDOWN: Duration = Duration::from_secs(8);
+
+/// How long the last spans have to reach the collector.
+const FLUSH: Duration = Duration::from_secs(2);
+
+/// Where the configuration comes from, for every server command.
+#[derive(Debug, clap::Args)]
+pub(crate) struct ConfigArgs {
+    /// TOML file; SANJAY_… variables and flags override it
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    /// Where to serve /healthz, /readyz and /metrics [default: 127.0.0.1:8081]
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) admin_listen: Option<String>,
+    /// Write the addresses to this file, as JSON, once everything accepts work
+    #[arg(long, value_name = "PATH")]
+    pub(crate) ready_file: Option<PathBuf>,
+}
+
+/// A process that is being started.
+pub(crate) struct Process {
+    /// What roles get.
+    pub(crate) context: Context,
+    /// What they register their metrics with.
+    pub(crate) registry: Registry,
+    telemetry: TelemetryGuard,
+}
+
+impl Process {
+    /// Begins: logs and traces first.
+    ///
+    /// # Errors
+    /// When telemetry cannot be set up.
+    pub(crate) fn begin(settings: &Settings, cluster_key: Secret, roles: &[Role]) -> anyhow::Result<Self> {
+        let telemetry = telemetry::init(&settings.telemetry, roles)?;
+        let context = Context {
+            clock: Arc::new(SystemClock),
+            random: Arc::new(OsRandom),
+            lifecycle: Lifecycle::new(),
+            readiness: Readiness::new(),
+            cluster_key,
+        };
+        Ok(Self { context, registry: Registry::with_prefix("sanjay"), telemetry })
+    }
+
+    /// Serves the admin pages; returns their address.
+    ///
+    /// # Errors
+    /// When the address cannot be had.
+    pub(crate) async fn serve_admin(&mut self, listen: &str) -> anyhow::Result<String> {
+        let listener = bind("the admin pages", "--admin-listen", listen).await?;
+        let address = listener.local_addr().context("the admin listener has no address")?.to_string();
+        let registry = std::mem::take(&mut self.registry);
+        let (readiness, lifecycle) = (self.context.readiness.clone(), &self.context.lifecycle);
+        serve_admin(listener, Arc::new(registry), readiness, lifecycle).await;
+        Ok(address)
+    }
+
+    /// Runs until a signal or a failure, then shuts down.
+    ///
+    /// # Errors
+    /// When a task failed that the process needs, or signals cannot be had.
+    pub(crate) async fn run(self) -> anyhow::Result<()> {
+        let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
+        let lifecycle = self.context.lifecycle;
+        tokio::select! {
+            _ = terminate.recv() => tracing::info!("SIGTERM: shutting down"),
+            _ = tokio::signal::ctrl_c() => tracing::info!("SIGINT: shutting down"),
+            () = lifecycle.soft().cancelled_owned() => {}
+        }
+        lifecycle.shutdown(SHUTDOWN).await;
+        let failure = lifecycle.failure();
+        let telemetry = self.telemetry;
+        let _ = tokio::task::spawn_blocking(move || telemetry.shutdown(FLUSH)).await;
+        match failure {
+            Some(failure) => Err(failure.into()),
+            None => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,224 @@
+//! Where a client command finds its server: flags, then the environment, then what the server in the data
+//! directory wrote down.
+
+use std::{fs, io, path::PathBuf};
+
+use anyhow::{Context as _, anyhow, bail};
+use clap::Args;
+use sanjay_client::{Backend, BackendError, BackendOptions};
+use sanjay_runtime::Secret;
+use serde::{Deserialize, de::DeserializeOwned};
+
+/// Where `standalone` keeps its files unless told otherwise.
+pub(crate) const DEFAULT_DATA_DIR: &str = ".sanjay";
+
+/// The data directory of a server on this machine.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct DataDir {
+    /// Where a standalone server keeps its files; what no flag or variable says is taken from there
+    #[arg(long, value_name = "DIR", default_value = DEFAULT_DATA_DIR)]
+    data_dir: PathBuf,
+}
+
+/// What a running server says of itself.
+#[derive(Default, Deserialize)]
+struct Ready {
+    url: Option<String>,
+    server: Option<String>,
+    admin: Option<String>,
+    token: Option<String>,
+    api_key: Option<String>,
+}
+
+/// The part of the secrets that clients' tokens are made with.
+#[derive(Deserialize)]
+struct Secrets {
+    token_secret: String,
+}
+
+impl DataDir {
+    fn read<T: DeserializeOwned>(&self, name: &str) -> anyhow::Result<Option<T>> {
+        let path = self.data_dir.join(name);
+        let bytes = match fs::read(&path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error).with_context(|| format!("cannot read {}", path.display())),
+        };
+        let parsed = serde_json::from_slice(&bytes);
+        parsed.map(Some).with_context(|| format!("{} is damaged; restart the server", path.display()))
+    }
+
+    /// The value that was given, or else the one that the server wrote down.
+    fn resolve(
+        &self,
+        given: Option<String>,
+        flag: &str,
+        variable: &str,
+        field: impl FnOnce(Ready) -> Option<String>,
+    ) -> anyhow::Result<String> {
+        match given {
+            Some(given) => Ok(given),
+            None => self.read::<Ready>("ready.json")?.and_then(field).ok_or_else(|| {
+                anyhow!(
+                    "no server is known here: start one with `sanjay standalone`, or give {flag} or {variable} (there is no {})",
+                    self.data_dir.join("ready.json").display()
+                )
+            }),
+        }
+    }
+
+    /// The admin address.
+    ///
+    /// # Errors
+    /// When none is known.
+    pub(crate) fn admin(&self, given: Option<String>) -> anyhow::Result<String> {
+        self.resolve(given, "--admin", "SANJAY_ADMIN", |ready| ready.admin)
+    }
+}
+
+/// The gRPC API for back ends.
+#[derive(Args)]
+pub(crate) struct ApiArgs {
+    /// The API's address, such as http://127.0.0.1:8082
+    #[arg(long, env = "SANJAY_SERVER", value_name = "URL")]
+    server: Option<String>,
+    /// A key of that server
+    #[arg(long, env = "SANJAY_API_KEY", value_name = "KEY", hide_env_values = true)]
+    api_key: Option<String>,
+    #[command(flatten)]
+    data_dir: DataDir,
+}
+
+impl std::fmt::Debug for ApiArgs {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ApiArgs").field("server", &self.server).finish_non_exhaustive()
+    }
+}
+
+impl ApiArgs {
+    /// Connects to the API.
+    ///
+    /// # Errors
+    /// Says what to start or to set.
+    pub(crate) async fn connect(self) -> anyhow::Result<Backend> {
+        let data_dir = self.data_dir;
+        let server = data_dir.resolve(self.server, "--server", "SANJAY_SERVER", |ready| ready.server)?;
+        let api_key = data_dir.resolve(self.api_key, "--api-key", "SANJAY_API_KEY", |ready| ready.api_key)?;
+        Backend::connect(BackendOptions::new(server, api_key)).await.map_err(explain)
+    }
+}
+
+/// Adds what a user of the command line can do.
+pub(crate) fn explain(error: BackendError) -> anyhow::Error {
+    match error {
+        BackendError::Unreachable { .. } => {
+            anyhow!("{error}; start one with `sanjay standalone`, or give its address with --server")
+        }
+        BackendError::WrongKey { .. } => {
+            anyhow!("{error} with --api-key or SANJAY_API_KEY; `sanjay standalone` prints its own")
+        }
+        other => other.into(),
+    }
+}
+
+/// The WebSocket endpoint, and who connects.
+#[derive(Args)]
+pub(crate) struct SocketArgs {
+    /// The edge's address, such as ws://127.0.0.1:8080/v1/ws
+    #[arg(long, env = "SANJAY_URL", value_name = "URL")]
+    url: Option<String>,
+    /// The token to connect with
+    #[arg(long, env = "SANJAY_TOKEN", value_name = "TOKEN", hide_env_values = true)]
+    token: Option<String>,
+    #[command(flatten)]
+    pub(crate) secret: SecretArgs,
+}
+
+impl std::fmt::Debug for SocketArgs {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SocketArgs").field("url", &self.url).finish_non_exhaustive()
+    }
+}
+
+impl SocketArgs {
+    /// The address and the token; the token is made by `mint` where a user was named.
+    ///
+    /// # Errors
+    /// Says what to start or to set.
+    pub(crate) fn resolve(
+        self,
+        mint: Option<impl FnOnce(Secret) -> String>,
+    ) -> anyhow::Result<(String, String)> {
+        let data_dir = &self.secret.data_dir;
+        let url = data_dir.resolve(self.url, "--url", "SANJAY_URL", |ready| ready.url)?;
+        let token = match mint {
+            Some(mint) => mint(self.secret.token_secret()?),
+            None => data_dir.resolve(self.token, "--token", "SANJAY_TOKEN", |ready| ready.token)?,
+        };
+        Ok((url, token))
+    }
+}
+
+/// The secret that tokens are signed with.
+#[derive(Args)]
+pub(crate) struct SecretArgs {
+    /// The edge's token secret, to make a token with
+    #[arg(long, env = "SANJAY_EDGE__TOKEN_SECRET", value_name = "SECRET", hide_env_values = true)]
+    token_secret: Option<String>,
+    #[command(flatten)]
+    data_dir: DataDir,
+}
+
+impl std::fmt::Debug for SecretArgs {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SecretArgs").field("data_dir", &self.data_dir).finish_non_exhaustive()
+    }
+}
+
+impl SecretArgs {
+    /// The secret.
+    ///
+    /// # Errors
+    /// Says what to start or to set.
+    pub(crate) fn token_secret(&self) -> anyhow::Result<Secret> {
+        if let Some(given) = &self.token_secret {
+            if given.is_empty() {
+                bail!("the token secret is empty; give the edge's `token_secret`");
+            }
+            return Ok(Secret::new(given.as_str()));
+        }
+        let secrets = self.data_dir.read::<Secrets>("secrets.json")?.ok_or_else(|| {
+            anyhow!(
+                "no token secret is known here: start a server with `sanjay standalone`, or give --token-secret or SANJAY_EDGE__TOKEN_SECRET (there is no {})",
+                self.data_dir.data_dir.join("secrets.json").display()
+            )
+        })?;
+        Ok(Secret::new(secrets.token_secret))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    fn data_dir(path: &Path) -> DataDir {
+        DataDir { data_dir: path.to_owned() }
+    }
+
+    #[test]
+    fn what_is_given_comes_before_what_the_server_wrote_down() {
+        let directory = tempfile::tempdir().unwrap();
+        let data_dir = data_dir(directory.path());
+        let unknown = data_dir.admin(None).unwrap_err().to_string();
+        for text in ["`sanjay standalone`", "--admin", "SANJAY_ADMIN", "ready.json"] {
+            assert!(unknown.contains(text), "{unknown}");
+        }
+        fs::write(directory.path().join("ready.json"), r#"{"admin":"http://there","more":1}"#).unwrap();
+        assert_eq!(data_dir.admin(None).unwrap(), "http://there");
+        assert_eq!(data_dir.admin(Some("http://here".into())).unwrap(), "http://here");
+        fs::write(directory.path().join("ready.json"), "{").unwrap();
+        assert!(data_dir.admin(None).unwrap_err().to_string().contains("is damaged"));
+    }
+}

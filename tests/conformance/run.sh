@@ -17,7 +17,8 @@ rm -rf "$out"
 mkdir -p "$out"
 
 cd "$root"
-cargo build --quiet -p sanjay-websocket --example echo
+# The packages of the test runs, so that cargo chooses the same features and builds no dependency twice.
+cargo build --quiet --locked --workspace --exclude sanjay-tests --bins --examples
 target=$(cargo metadata --format-version 1 --no-deps |
     "$venv/bin/python" -c 'import json, sys; print(json.load(sys.stdin)["target_directory"])')
 

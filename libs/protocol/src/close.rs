@@ -76,7 +76,7 @@ close_codes! {
     TokenExpired = 4410, "token expired", NewToken;
     /// The client reads slower than messages arrive.
     SlowConsumer = 4413, "slow consumer", BackOff;
-    /// Too many commands in a while.
+    /// Too many commands in a while. Not sent yet.
     RateLimited = 4429, "rate limited", BackOff;
     /// A fault of the server.
     Internal = 4500, "internal error", BackOff;

@@ -59,7 +59,7 @@ error_codes! {
     LimitExceeded = "limit_exceeded", false;
     /// The user's inbox is full.
     QueueFull = "queue_full", true;
-    /// Too many commands in a while.
+    /// Too much at once: a queue is full, and nothing was done.
     RateLimited = "rate_limited", true;
     /// A part that the command needs is away. Its outcome may be unknown: repeat with the same dedupe key.
     Unavailable = "unavailable", true;

@@ -138,8 +138,9 @@ impl Inbox {
                     (user, result)
                 })
                 .collect();
-            tracing::Span::current()
-                .record("refused", results.iter().filter(|(_, result)| result.is_err()).count());
+            let refused = results.iter().filter(|(_, result)| result.is_err()).count();
+            tracing::Span::current().record("refused", refused);
+            tracing::debug!(users = results.len(), refused, "a send is answered");
             results
         }
         .instrument(span)

@@ -93,7 +93,7 @@ impl Paths {
             let key = |m: &Milestone| (m.time_us, m.service.clone(), m.stage.clone(), m.detail.clone());
             key(a).cmp(&key(b))
         });
-        // An edge reports to both the router and to this node.
+        // A newer edge may report to the router and to this node.
         path.milestones.dedup();
         path
     }

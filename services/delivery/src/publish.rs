@@ -118,7 +118,7 @@ impl Publisher {
         }
         async move {
             let result = answered.await.unwrap_or(Err(PublishError::Closing));
-            drop(span);
+            span.in_scope(|| tracing::debug!(accepted = result.is_ok(), "a publish is answered"));
             result
         }
         .boxed()

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use sanjay_protocol::names;
 use sanjay_runtime::{ConfigError, Secret, Validate};
 use serde::Deserialize;
 
@@ -34,7 +35,7 @@ pub struct Config {
     pub upgrade_timeout_ms: u64,
     /// An upgraded connection has so many milliseconds to say `hello`.
     pub hello_timeout_ms: u64,
-    /// Most bytes that wait for a slow socket before it is closed (4413).
+    /// Most bytes that may wait for a slow socket when a channel message comes; beyond them it is closed (4413).
     pub max_outbox_bytes: usize,
     /// A socket that takes no byte of what waits for so many milliseconds is closed (4413).
     pub stall_timeout_ms: u64,
@@ -79,6 +80,13 @@ impl Validate for Config {
         if secret < MIN_SECRET_BYTES {
             let wrong = format!("has {secret} bytes");
             return Err(ConfigError::new("edge.token_secret", wrong, "set it to at least 32 random bytes"));
+        }
+        if let Err(error) = names::check_optional("it", &self.node) {
+            return Err(ConfigError::new(
+                "edge.node",
+                format!("is wrong: {error}"),
+                "use a short name, or leave it out",
+            ));
         }
         if self.shards > MAX_SHARDS {
             return Err(ConfigError::new(

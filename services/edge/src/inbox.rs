@@ -52,8 +52,10 @@ pub struct Cursor {
     epoch: Option<u64>,
     /// Everything up to it was pushed here or is settled.
     last: u64,
-    /// The newest seq that is known to exist.
+    /// The newest seq that is said to exist.
     want: u64,
+    /// What `want` was when the read under way began: its page tells whether that is so.
+    asked: u64,
     /// How many messages may be unacked.
     credit: u32,
     /// Pushed and not acked, in ascending order.
@@ -69,7 +71,17 @@ impl Cursor {
     #[must_use]
     pub fn new(credit: u32) -> Self {
         let in_flight = Ranges::default();
-        Self { epoch: None, last: 0, want: 0, credit, in_flight, reading: false, stale: false, armed: false }
+        Self {
+            epoch: None,
+            last: 0,
+            want: 0,
+            asked: 0,
+            credit,
+            in_flight,
+            reading: false,
+            stale: false,
+            armed: false,
+        }
     }
 
     /// The inbox's epoch, once it is known.
@@ -128,13 +140,14 @@ impl Cursor {
             }
         }
         self.last = self.last.max(page.covers);
-        self.want = self.want.max(page.head);
+        // A hint that came during the read may tell of more than the page; an older one cannot.
+        self.want = if self.want <= self.asked { page.head } else { self.want.max(page.head) };
         if std::mem::take(&mut self.stale) {
             return self.read(Some(self.last), steps);
         }
-        if self.last == before && self.want > self.last && self.room() > 0 {
-            // No progress although there is room: the server could not give more now.
-            return self.arm(RETRY_AFTER, steps);
+        if self.last == before && page.covers < page.head && self.room() > 0 {
+            // No progress although there is room: the answer that the page came in was full.
+            return self.arm(REORDER_WAIT, steps);
         }
         self.read_on(1, steps);
     }
@@ -148,13 +161,13 @@ impl Cursor {
 
     /// A message was committed to the inbox with this epoch.
     pub fn on_hint(&mut self, epoch: u64, message: InboxMessage, steps: &mut Vec<Step>) {
-        if self.epoch != Some(epoch) {
-            if self.epoch.is_some() {
-                self.resync(steps);
-            }
-            return;
-        }
         let seq = message.seq;
+        match self.epoch {
+            Some(known) if known == epoch => {}
+            Some(_) => return self.resync(steps),
+            // The first page may have been taken before this message was committed.
+            None => return self.want = self.want.max(seq),
+        }
         if seq <= self.last {
             if message.delivery > 1 && self.in_flight.contains(seq) {
                 steps.push(Step::Push(message));
@@ -179,8 +192,12 @@ impl Cursor {
                 pushed.push((from, to));
             }
         }
-        // Half of the credit at a time, so that a busy inbox is not read message by message.
+        // Half of the credit at a time, so that a busy inbox is not read message by message. What a client leaves
+        // free while it holds on to the rest is used after a moment.
         self.read_on((self.credit / 2).max(1), steps);
+        if !self.reading && self.want > self.last && self.room() > 0 {
+            self.arm(REORDER_WAIT, steps);
+        }
         pushed
     }
 
@@ -216,6 +233,7 @@ impl Cursor {
 
     fn read(&mut self, after: Option<u64>, steps: &mut Vec<Step>) {
         self.reading = true;
+        self.asked = self.want;
         steps.push(Step::Read { after, limit: self.room() });
     }
 

@@ -194,6 +194,22 @@ fn a_hint_is_pushed_at_once_when_it_is_next() {
 }
 
 #[test]
+fn a_hint_during_the_first_read_is_not_forgotten() {
+    let mut cursor = Cursor::new(4);
+    let mut steps = Vec::new();
+    cursor.resync(&mut steps);
+    let before = Log::default().page(None, 4);
+    cursor.on_hint(7, message(1), &mut steps);
+    steps.clear();
+    cursor.on_page(before.clone(), &mut steps);
+    let position = Position { epoch: 7, mark: 0, head: 0 };
+    assert_eq!(steps, [Step::Known(position), Step::Read { after: Some(0), limit: 4 }]);
+    steps.clear();
+    cursor.on_page(before, &mut steps);
+    assert_eq!(steps, [], "what the log does not know is not asked for again");
+}
+
+#[test]
 fn another_epoch_begins_again() {
     let mut cursor = Cursor::new(4);
     let mut steps = Vec::new();
@@ -232,4 +248,18 @@ fn a_redelivery_is_pushed_again_while_it_is_not_acked() {
     cursor.on_ack(&[(1, 1)], &mut steps);
     cursor.on_hint(7, again, &mut steps);
     assert_eq!(steps, []);
+}
+
+#[test]
+fn a_little_room_is_used_after_a_moment() {
+    let mut cursor = Cursor::new(8);
+    let mut steps = Vec::new();
+    cursor.resync(&mut steps);
+    cursor.on_page(Log { head: 10, settled: BTreeSet::new() }.page(None, 8), &mut steps);
+    steps.clear();
+    cursor.on_ack(&[(1, 1)], &mut steps);
+    assert_eq!(steps, [Step::Arm(REORDER_WAIT)]);
+    steps.clear();
+    cursor.on_timer(&mut steps);
+    assert_eq!(steps, [Step::Read { after: Some(8), limit: 1 }]);
 }

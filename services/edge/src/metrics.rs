@@ -9,7 +9,7 @@ use prometheus_client::{
 /// Why a connection ended.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct CloseLabel {
-    /// The close code that the edge sent; 0 when it sent none.
+    /// The close code that the edge sent first; 0 when it did not: the client closed, or the socket failed.
     pub code: u16,
 }
 
@@ -66,7 +66,11 @@ impl Metrics {
         registry.register("edge_connections", "Upgraded connections", it.connections.clone());
         registry.register("edge_closed", "Connections that ended, by close code sent", it.closed.clone());
         registry.register("edge_refused", "Handshakes refused, by HTTP status", it.refused.clone());
-        registry.register("edge_channels", "Channels with a subscriber, by shard", it.channels.clone());
+        registry.register(
+            "edge_channels",
+            "Channels with a subscriber, summed over the shards",
+            it.channels.clone(),
+        );
         registry.register("edge_commands", "Commands taken from clients", it.commands.clone());
         registry.register("edge_publications", "Channel messages from the router", it.publications.clone());
         registry.register("edge_deliveries", "Channel messages handed to sockets", it.deliveries.clone());

@@ -4,8 +4,8 @@ mod allocator;
 mod cli;
 mod commands;
 mod output;
-mod serve;
 mod payload;
+mod serve;
 mod settings;
 
 use std::process::ExitCode;

@@ -201,6 +201,7 @@ fn check<T: Validate>(settings: T, merged: &Figment) -> Result<T, LoadError> {
 
 fn source_of(merged: &Figment, key: &str) -> String {
     // The library finds no items of lists: a list comes from one layer as a whole.
+    let key = key.split('[').next().unwrap_or_default();
     let parts: Vec<_> = key.split('.').take_while(|part| part.parse::<usize>().is_err()).collect();
     merged
         .find_metadata(&parts.join("."))

@@ -337,6 +337,7 @@ impl Machine {
         self.expires_s = exp;
         self.capabilities = Some(around.intern(caps));
         self.session = around.session_id();
+        tracing::debug!(session = %self.session, client = hello.client, "hello");
         self.device = (!hello.device.is_empty()).then(|| hello.device.into());
         let credit = hello.credit.unwrap_or(limits::DEFAULT_CREDIT);
         self.inbox = (credit > 0).then(|| Box::new(Cursor::new(credit)));
@@ -350,7 +351,12 @@ impl Machine {
         effects: &mut Vec<Effect>,
         around: &dyn Surroundings,
     ) {
-        self.without_channels = result.is_err();
+        let before = std::mem::replace(&mut self.without_channels, result.is_err());
+        if self.phase == Phase::Ready && before != self.without_channels {
+            let inbox_known = self.inbox().is_some_and(|cursor| cursor.epoch().is_some());
+            let degraded = Degraded { features: self.reduced(inbox_known), inbox: None };
+            send(None, Event::Degraded(degraded), effects);
+        }
         match (self.phase, &self.inbox) {
             // Registered first, read then: a message that is committed in between is hinted or read.
             (Phase::Registering, Some(_)) => {

@@ -128,6 +128,22 @@ fn without_credit_nothing_is_read() {
 }
 
 #[test]
+fn a_router_that_is_back_is_announced() {
+    let mut machine = machine();
+    on(&mut machine, hello("good", Some(0)));
+    let away = ErrorBody::new(ErrorCode::Unavailable, "away");
+    let effects = on(&mut machine, Input::SessionOpened(Err(away)));
+    let [Effect::Send(EventEnvelope { event: Event::Welcome(welcome), .. })] = &effects[..] else {
+        panic!("{effects:?}");
+    };
+    assert_eq!(welcome.features, ["channels"]);
+    let all_well = Event::Degraded(Degraded { features: Vec::new(), inbox: None });
+    let sent = [Effect::Send(EventEnvelope { id: None, event: all_well })];
+    assert_eq!(on(&mut machine, Input::SessionOpened(Ok(()))), sent);
+    assert_eq!(on(&mut machine, Input::SessionOpened(Ok(()))), []);
+}
+
+#[test]
 fn what_is_away_is_said_and_tried_again() {
     let mut machine = machine();
     on(&mut machine, hello("good", None));
@@ -239,7 +255,10 @@ fn only_a_ping_with_an_id_is_answered() {
     let mut machine = ready("good");
     let ping = |id| Input::Command(Envelope { id, command: Command::Ping });
     assert_eq!(on(&mut machine, ping(None)), []);
-    assert_eq!(on(&mut machine, ping(Some(4))), [Effect::Send(EventEnvelope { id: Some(4), event: Event::Ping })]);
+    assert_eq!(
+        on(&mut machine, ping(Some(4))),
+        [Effect::Send(EventEnvelope { id: Some(4), event: Event::Ping })]
+    );
 }
 
 #[derive(Debug, Clone)]

@@ -93,6 +93,9 @@ fn poll_write<T: Transport>(shard: &Shard<T>, conn: &Connection<T>, cx: &mut Con
             }
         }
     }
+    if let Some((after, limit)) = conn.deferred_read.take() {
+        shard.read_inbox(conn, after, limit);
+    }
     match conn.life.get() {
         Life::Finishing => {
             // Both sides have said that they are done. A reset could not overtake the close frame any more.

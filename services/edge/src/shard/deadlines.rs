@@ -81,7 +81,12 @@ impl<T: Transport> Shard<T> {
         }
         if conn.pinged.get() != NEVER {
             if after(conn.pinged.get(), config.heartbeat_grace()) <= now {
-                return self.close(conn, CloseCode::TooSlow, "no answer to a heartbeat", true);
+                if !conn.has_backlog() {
+                    return self.close(conn, CloseCode::TooSlow, "no answer to a heartbeat", true);
+                }
+                // It is not read while its commands wait, so that its answer may lie unread. The client is to see
+                // that the edge lives.
+                self.ping(conn);
             }
         } else if after(conn.heard.get(), config.heartbeat()) <= now {
             self.ping(conn);

@@ -28,7 +28,7 @@ use super::{
 };
 use crate::{
     connection::{
-        Connection, Life, NEVER, Wrote,
+        Connection, Life, MAX_WAITING_TO_READ, NEVER, Wrote,
         machine::{Effect, Input, Surroundings, Terms},
     },
     upstream::{AckRequest, ClientPublish, ConnKey, LinkRequest, ReadRequest, ShardEvent},
@@ -118,15 +118,13 @@ impl<'a, T: Transport> Turn<'a, T> {
             Effect::PushInbox(message) => self.push_inbox(message),
             Effect::OpenSession { inbox } => self.open_session(inbox),
             Effect::ReadInbox { after, limit } => {
-                let machine = self.conn.machine.borrow();
-                let (user, device) = (machine.user().to_string(), machine.device().to_owned());
-                self.shard.upstream.reads.send(ReadRequest {
-                    conn: self.conn.key,
-                    user,
-                    device,
-                    after,
-                    limit,
-                });
+                self.flush();
+                // A page may be large: who has not taken the last one gets none yet.
+                if self.conn.waiting() > MAX_WAITING_TO_READ {
+                    self.conn.deferred_read.set(Some((after, limit)));
+                } else {
+                    self.shard.read_inbox(self.conn, after, limit);
+                }
             }
             Effect::ArmInbox(after) => self.conn.inbox_due.set(self.after(after)),
             Effect::Join(id, channel) => return self.join(id, channel),
@@ -303,6 +301,13 @@ impl<T: Transport> Shard<T> {
         turn.end();
     }
 
+    /// Asks delivery for a page of the connection's inbox.
+    pub fn read_inbox(&self, conn: &Connection<T>, after: Option<u64>, limit: u32) {
+        let machine = conn.machine.borrow();
+        let (user, device) = (machine.user().to_string(), machine.device().to_owned());
+        self.upstream.reads.send(ReadRequest { conn: conn.key, user, device, after, limit });
+    }
+
     /// An answer of the control runtime to a connection's request.
     pub(super) fn on_answer(self: &Rc<Self>, event: ShardEvent) {
         let (key, input) = match event {
@@ -320,8 +325,8 @@ impl<T: Transport> Shard<T> {
         }
     }
 
-    /// Writes a frame to a connection. What would not fit its socket waits; a connection for which too much
-    /// waits is closed.
+    /// Writes a frame to a connection. What its socket does not take waits. Fan-out closes a connection for
+    /// which too much waits; replies and inbox pages are bounded by themselves.
     pub(super) fn deliver(&self, conn: &Connection<T>, frame: &Bytes) -> Wrote {
         let wrote = conn.send(frame, self.now());
         if wrote == Wrote::Waits {

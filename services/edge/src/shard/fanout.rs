@@ -18,7 +18,7 @@ use super::{
     hub::{ConnIndex, Missed, Step, Top},
 };
 use crate::{
-    connection::{Connection, Wrote, machine::Input},
+    connection::{Connection, MAX_WAITING_TO_READ, Wrote, machine::Input},
     upstream::LinkRequest,
 };
 
@@ -68,7 +68,11 @@ impl<T: Transport> Shard<T> {
             Err(error) => {
                 let before = self.hub.borrow().channel_count();
                 let waiters = self.hub.borrow_mut().on_refused(name);
-                self.common.metrics.channels.dec_by((before - self.hub.borrow().channel_count()) as i64);
+                if self.hub.borrow().channel_count() < before {
+                    self.common.metrics.channels.dec();
+                    // Whoever keeps a route for this shard may forget it.
+                    self.upstream.link.send(LinkRequest::Unsubscribe(self.number, name.into()));
+                }
                 (waiters, Err(error))
             }
         };
@@ -91,9 +95,11 @@ impl<T: Transport> Shard<T> {
         let Some(message) = &hint.message else { return };
         let Some(connections) = self.users.borrow().get(&*hint.user).cloned() else { return };
         for index in connections {
-            if let Some(conn) = self.at(index) {
-                Turn::once(self, &conn, Input::Hint(hint.inbox_epoch, message.clone()));
-            }
+            let Some(conn) = self.at(index) else { continue };
+            // Who is behind reads from the log when the socket has taken what waits.
+            let behind = conn.waiting() > MAX_WAITING_TO_READ;
+            let input = if behind { Input::Resync } else { Input::Hint(hint.inbox_epoch, message.clone()) };
+            Turn::once(self, &conn, input);
         }
     }
 

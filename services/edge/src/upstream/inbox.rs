@@ -182,7 +182,7 @@ fn user_ack(request: &AckRequest) -> UserAck {
 }
 
 fn failed(what: &str, status: &Status) -> ErrorBody {
-    tracing::warn!(code = ?status.code(), message = status.message(), "{what} failed; check that delivery runs");
+    tracing::warn!(code = ?status.code(), why = status.message(), "{what} failed; check that delivery runs");
     away("delivery is away")
 }
 

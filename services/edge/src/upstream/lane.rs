@@ -9,8 +9,9 @@ const RESERVE: usize = 64;
 
 /// A shard's end of the queue.
 ///
-/// What finds the queue full waits here. That is bounded: while anything waits no command is taken, so only
-/// ends of connections can add to it, at most a few requests for each connection of the shard.
+/// What finds the queue full waits here. That is bounded by a few requests for each connection: while anything
+/// waits no command is taken, a connection has at most one read under way and one report due, and what is left
+/// is said once, when it ends or when all sessions are announced again.
 pub struct Lane<R> {
     queue: mpsc::Sender<R>,
     waiting: RefCell<VecDeque<R>>,

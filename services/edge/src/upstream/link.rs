@@ -25,7 +25,8 @@ const ATTACH_TIMEOUT: Duration = Duration::from_secs(2);
 /// Back-off between attaches: full jitter from 100 ms up to this.
 const MAX_BACKOFF: Duration = Duration::from_secs(2);
 
-/// Events that wait for the stream. While so many do, no more requests are taken from the shards.
+/// Events that wait for the stream. While so many do, no more requests are taken from the shards. A new stream
+/// begins with one event for each channel that is held, whatever their number.
 const MAX_WAITING: usize = 8_192;
 
 /// Most events in one message.
@@ -199,8 +200,10 @@ impl State {
                     let event = ShardEvent::Published(publish.conn, publish.id, Err(away()));
                     self.shards.replies().reply(publish.conn, event);
                 }
-                // Announced when the next stream begins.
-                LinkRequest::Subscribe(..) | LinkRequest::Unsubscribe(..) => self.on_request(request),
+                LinkRequest::Subscribe(shard, name) => {
+                    self.shards.replies().tell(shard, ShardEvent::Subscribed(name, Err(away())));
+                }
+                LinkRequest::Unsubscribe(..) => self.on_request(request),
                 // The router knows nothing of them until it is announced again.
                 LinkRequest::CloseSession { .. } | LinkRequest::Milestones(_) => {}
             }
@@ -217,9 +220,17 @@ impl State {
         self.shards.replies().tell_all(|| ShardEvent::Attached);
     }
 
-    /// A stream ended: what was asked gets no answer any more.
+    /// A stream ended: what was asked gets no answer any more. Channels that were confirmed once are announced
+    /// again; shards give up those for which nobody but refused subscribers is left.
     fn detached(&mut self) {
-        self.routes.values_mut().for_each(|route| route.live = None);
+        for (name, route) in &mut self.routes {
+            if route.live.take().is_none() {
+                for shard in shards_of(route.mask) {
+                    let refused = ShardEvent::Subscribed(Arc::clone(name), Err(away()));
+                    self.shards.replies().tell(shard, refused);
+                }
+            }
+        }
         let asked = std::mem::take(&mut self.asked);
         self.asked.next = asked.next;
         for (conn, id) in asked.publishes.into_values() {
@@ -339,13 +350,13 @@ impl State {
             Err(error) => {
                 tracing::warn!(
                     code = error.code.as_str(),
-                    message = error.message,
+                    why = error.message,
                     "the router refused a subscription"
                 );
                 self.routes.remove(&name);
             }
         }
-        for shard in (0..64).filter(|shard| mask & (1 << shard) != 0) {
+        for shard in shards_of(mask) {
             self.shards.replies().tell(shard, ShardEvent::Subscribed(Arc::clone(&name), result.clone()));
         }
     }
@@ -366,6 +377,11 @@ impl State {
     fn send(&mut self, event: edge_event::Event) {
         self.waiting.push(EdgeEvent { event: Some(event) });
     }
+}
+
+/// The shards of a route's mask.
+fn shards_of(mask: u64) -> impl Iterator<Item = u16> {
+    (0..64).filter(move |shard| mask & (1 << shard) != 0)
 }
 
 fn subscribe(name: &str) -> EdgeEvent {

@@ -80,7 +80,11 @@ impl RedbStore {
             on_commit: options.on_commit,
             unsynced: Cell::new(0),
         };
-        let writer = std::thread::Builder::new().name("inbox-writer".to_owned()).spawn(move || writer.run());
+        let writer = std::thread::Builder::new().name("inbox-writer".to_owned()).spawn(move || {
+            let guard = AbortOnPanic;
+            writer.run();
+            std::mem::forget(guard);
+        });
         Ok(Self {
             file,
             operations: Some(Arc::new(sender)),
@@ -127,6 +131,19 @@ impl RedbStore {
             task.await.map_err(|error| unavailable(error.to_string()))?
         }
         .boxed()
+    }
+}
+
+/// A writer that panics would leave a node that answers everything with a refusal: the process ends, and what it
+/// had answered is in the file.
+struct AbortOnPanic;
+
+impl Drop for AbortOnPanic {
+    fn drop(&mut self) {
+        tracing::error!(
+            "the writer of the inbox store panicked; the process aborts so that it is started again"
+        );
+        std::process::abort();
     }
 }
 

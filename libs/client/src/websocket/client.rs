@@ -16,7 +16,8 @@ use sanjay_protocol::{
     names,
 };
 use tokio::{
-    sync::{Notify, mpsc, oneshot, watch},
+    sync::{Mutex as FairMutex, Notify, mpsc, oneshot, watch},
+    task::unconstrained,
     time::timeout,
 };
 
@@ -72,6 +73,8 @@ struct Inner {
     closing: Arc<Notify>,
     inbox: Mutex<Option<mpsc::Receiver<InboxEvent>>>,
     next_subscription: AtomicU64,
+    /// Whose turn it is to hand a publish over.
+    publishing: FairMutex<()>,
     buffer: usize,
     request_timeout: Duration,
 }
@@ -109,9 +112,17 @@ impl Client {
         let driver = Driver::new(options, state_sender, requested, settled, Arc::clone(&closing), machine);
         tokio::spawn(driver.run());
         let inbox = Mutex::new(Some(inbox));
-        let next_subscription = AtomicU64::new(0);
-        let inner =
-            Inner { state, features, settle, closing, inbox, next_subscription, buffer, request_timeout };
+        let inner = Inner {
+            state,
+            features,
+            settle,
+            closing,
+            inbox,
+            next_subscription: AtomicU64::new(0),
+            publishing: FairMutex::default(),
+            buffer,
+            request_timeout,
+        };
         Ok(Self { inner: Arc::new(inner), requests })
     }
 
@@ -213,10 +224,14 @@ impl Client {
 
     async fn publish_until_answered(&self, publish: Publish) -> Result<Published, PublishError> {
         loop {
-            self.connected().await?;
             let (answer, answered) = oneshot::channel();
             let request = Request::Publish(publish.clone(), answer);
+            // Turns are given in the order in which publishes were first polled, which the runtime's budget must
+            // not change; the waits below would be over in any order.
+            let turn = unconstrained(self.inner.publishing.lock()).await;
+            self.connected().await?;
             self.requests.send(request).await.map_err(|_| self.closed())?;
+            drop(turn);
             match answered.await {
                 Ok(Ok(published)) => return Ok(published),
                 Ok(Err(NotPublished::Offline)) => {}

@@ -1,0 +1,20 @@
+//! Black-box tests: the real binary, over its sockets, one module for each behaviour.
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a failure is a failed test, and its output is for whoever looks into it"
+)]
+
+mod bad_input;
+mod bad_input_grpc;
+mod bad_tokens;
+mod cli;
+mod graceful;
+mod heartbeat;
+mod inbox;
+mod limits;
+mod live;
+mod offline;
+mod processes;
+mod python;
+mod trace;

@@ -75,7 +75,7 @@ async fn sdk_publisher(url: String, publisher: usize) -> Vec<Sent> {
             Sent { publisher, number, channel, offset: published.offset, id: published.message_id }
         }
     });
-    let sent = publishes.buffered(24).collect().await;
+    let sent = publishes.buffered(200).collect().await;
     client.close().await;
     sent
 }

@@ -51,6 +51,35 @@ async fn a_publish_is_answered_or_refused() {
 }
 
 #[tokio::test]
+async fn publishes_keep_the_order_in_which_they_were_started() {
+    const PUBLISHES: u64 = 60;
+    let server = Server::start().await;
+    let client = Client::connect(server.options()).await.unwrap();
+    // All of them wait for the connection first.
+    let numbered = |n: u64| text(&n.to_string());
+    let publishing = (0..PUBLISHES).map(|n| client.publish("news", numbered(n), ""));
+    let publishing = Box::pin(futures::future::join_all(publishing));
+    let answering = async {
+        let mut peer = server.welcome(welcome()).await;
+        let mut arrived = 0;
+        while arrived < PUBLISHES {
+            for envelope in peer.next().await.expect("the client stays") {
+                assert!(
+                    matches!(&envelope.command, Command::Publish(p) if p.payload == numbered(arrived)),
+                    "{arrived}: {envelope:?}"
+                );
+                peer.push(envelope.id, Event::Published(published(arrived))).await;
+                arrived += 1;
+            }
+        }
+    };
+    let (answers, ()) = soon(async { tokio::join!(publishing, answering) }).await;
+    for (n, answer) in (0..).zip(answers) {
+        assert_eq!(answer.unwrap(), published(n));
+    }
+}
+
+#[tokio::test]
 async fn only_a_dedupe_key_lets_a_publish_be_repeated() {
     let server = Server::start().await;
     let client = Client::connect(server.options()).await.unwrap();

@@ -94,6 +94,8 @@ async fn a_killed_router_drops_no_socket_and_a_gap_is_signalled() {
             "unavailable"
         );
 
+        assert_eq!(ann.event("degraded").await, json!({ "features": ["channels"] }));
+
         cluster.restart(Role::Router).await;
         assert_eq!(cat.event("degraded").await, json!({ "features": [] }));
         let (mut gap, mut inbox) = (Value::Null, Value::Null);

@@ -135,8 +135,10 @@ pub struct Machine {
     phase: Phase,
     outstanding: u8,
     subscriptions: u16,
-    /// The router could not be asked when the session opened.
+    /// No router holds the session.
     without_channels: bool,
+    /// The last read of the inbox failed.
+    without_inbox: bool,
     session: Uuid,
     user: Rc<str>,
     capabilities: Option<Rc<Capabilities>>,
@@ -164,6 +166,7 @@ impl Machine {
             outstanding: 0,
             subscriptions: 0,
             without_channels: false,
+            without_inbox: false,
             session: Uuid::nil(),
             user: nobody,
             capabilities: None,
@@ -353,9 +356,7 @@ impl Machine {
     ) {
         let before = std::mem::replace(&mut self.without_channels, result.is_err());
         if self.phase == Phase::Ready && before != self.without_channels {
-            let inbox_known = self.inbox().is_some_and(|cursor| cursor.epoch().is_some());
-            let degraded = Degraded { features: self.reduced(inbox_known), inbox: None };
-            send(None, Event::Degraded(degraded), effects);
+            self.tell_degraded(None, effects);
         }
         match (self.phase, &self.inbox) {
             // Registered first, read then: a message that is committed in between is hinted or read.
@@ -365,7 +366,9 @@ impl Machine {
             }
             (Phase::Registering, None) => self.welcome(None, around, effects),
             // Announced again to another router: hints may have been lost in between.
-            (Phase::Ready, Some(_)) => self.with_inbox(around, effects, Cursor::resync),
+            (Phase::Ready, Some(_)) if !self.without_channels => {
+                self.with_inbox(around, effects, Cursor::resync)
+            }
             _ => {}
         }
     }
@@ -376,8 +379,11 @@ impl Machine {
         around: &dyn Surroundings,
         effects: &mut Vec<Effect>,
     ) {
+        let before = std::mem::replace(&mut self.without_inbox, page.is_err());
         if self.phase == Phase::Reading && page.is_err() {
             self.welcome(None, around, effects);
+        } else if self.phase == Phase::Ready && before != self.without_inbox && self.knows_inbox() {
+            self.tell_degraded(None, effects);
         }
         match page {
             Ok(page) => self.with_inbox(around, effects, |cursor, steps| cursor.on_page(page, steps)),
@@ -458,10 +464,7 @@ impl Machine {
                 Step::Known(position) if self.phase == Phase::Reading => {
                     self.welcome(Some(state(position)), around, effects);
                 }
-                Step::Known(position) => {
-                    let degraded = Degraded { features: self.reduced(true), inbox: Some(state(position)) };
-                    send(None, Event::Degraded(degraded), effects);
-                }
+                Step::Known(position) => self.tell_degraded(Some(state(position)), effects),
             }
         }
     }
@@ -473,7 +476,7 @@ impl Machine {
         let welcome = Welcome {
             session: self.session.to_string(),
             user: self.user.to_string(),
-            features: self.reduced(inbox.is_some()),
+            features: self.reduced(),
             inbox,
             heartbeat_ms: millis(terms.heartbeat),
             token_ttl_s: self.expires_s.saturating_sub(around.now_s()),
@@ -488,13 +491,21 @@ impl Machine {
         send(id, Event::Welcome(Box::new(welcome)), effects);
     }
 
+    fn knows_inbox(&self) -> bool {
+        self.inbox().is_some_and(|cursor| cursor.epoch().is_some())
+    }
+
+    fn tell_degraded(&self, inbox: Option<InboxState>, effects: &mut Vec<Effect>) {
+        send(None, Event::Degraded(Degraded { features: self.reduced(), inbox }), effects);
+    }
+
     /// What is reduced for this connection.
-    fn reduced(&self, inbox_known: bool) -> Vec<String> {
+    fn reduced(&self) -> Vec<String> {
         let mut features = Vec::new();
         if self.without_channels {
             features.push("channels".to_owned());
         }
-        if self.inbox.is_some() && !inbox_known {
+        if self.without_inbox {
             features.push("inbox".to_owned());
         }
         features

@@ -171,6 +171,31 @@ fn what_is_away_is_said_and_tried_again() {
 }
 
 #[test]
+fn a_change_of_what_is_reduced_is_told_once() {
+    let mut machine = ready("good");
+    let told = |effects: &[Effect]| match effects {
+        [Effect::Send(EventEnvelope { event: Event::Degraded(degraded), .. }), ..] => {
+            Some(degraded.features.clone())
+        }
+        _ => None,
+    };
+    let away = || ErrorBody::new(ErrorCode::Unavailable, "away");
+    assert_eq!(told(&on(&mut machine, Input::SessionOpened(Err(away())))), Some(vec!["channels".into()]));
+    assert_eq!(on(&mut machine, Input::SessionOpened(Err(away()))), []);
+    on(&mut machine, Input::Resync);
+    let effects = on(&mut machine, Input::Page(Err(away())));
+    assert_eq!(told(&effects), Some(vec!["channels".into(), "inbox".into()]));
+    on(&mut machine, Input::InboxTimer);
+    assert_eq!(told(&on(&mut machine, Input::Page(Ok(page(2, 2))))), Some(vec!["channels".into()]));
+    let effects = on(&mut machine, Input::SessionOpened(Ok(())));
+    assert_eq!(
+        (told(&effects), effects.len()),
+        (Some(vec![]), 2),
+        "all is well, and the inbox is read again"
+    );
+}
+
+#[test]
 fn hello_is_first_and_once() {
     let subscribe = || command(1, Command::Subscribe(Subscribe { channel: "a".into() }));
     let effects = on(&mut machine(), subscribe());

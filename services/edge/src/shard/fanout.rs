@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     connection::{Connection, MAX_WAITING_TO_READ, Wrote, machine::Input},
-    upstream::LinkRequest,
+    upstream::{LinkRequest, link},
 };
 
 /// Sockets written before other connections of the shard get their turn: 10,000 in a row would hold it for 50 ms.
@@ -122,6 +122,11 @@ impl<T: Transport> Shard<T> {
             }
         })
         .await;
+    }
+
+    /// No router can be attached to: every client is told that channels rest.
+    pub(super) async fn tell_away(self: &Rc<Self>) {
+        self.for_each(|conn| Turn::once(self, conn, Input::SessionOpened(Err(link::away())))).await;
     }
 
     /// The edge shuts down: every client is told to come back elsewhere, spread over a while.

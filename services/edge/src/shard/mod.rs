@@ -153,6 +153,7 @@ impl<T: Transport> Shard<T> {
             ShardEvent::Hint(hint) => self.on_hint(&hint),
             ShardEvent::Resync => self.resync().await,
             ShardEvent::Attached => self.announce().await,
+            ShardEvent::Away => self.tell_away().await,
             ShardEvent::Drain => self.drain().await,
             ShardEvent::SessionOpened(..)
             | ShardEvent::Published(..)

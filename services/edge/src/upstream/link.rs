@@ -86,6 +86,10 @@ pub async fn run(parts: Parts) {
             }
             Err(why) => {
                 attempt += 1;
+                // A router that is only restarted is back by now; clients need not hear of that.
+                if attempt == 1 {
+                    state.shards.replies().tell_all(|| ShardEvent::Away);
+                }
                 tracing::warn!(
                     why,
                     attempt,
@@ -388,7 +392,8 @@ fn subscribe(name: &str) -> EdgeEvent {
     EdgeEvent { event: Some(edge_event::Event::Subscribe(pb::Subscribe { channel: name.to_owned() })) }
 }
 
-fn away() -> ErrorBody {
+/// What commands are answered while no router is there.
+pub(crate) fn away() -> ErrorBody {
     ErrorBody::new(
         ErrorCode::Unavailable,
         "the router is away; the outcome is unknown: try again with the same dedupe key",

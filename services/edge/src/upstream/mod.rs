@@ -135,6 +135,8 @@ pub enum ShardEvent {
     Hint(Arc<InboxHint>),
     /// Hints were dropped on the way.
     Resync,
+    /// No router can be attached to: clients are told what is reduced.
+    Away,
     /// Another stream to a router began: sessions must be announced again.
     Attached,
     /// The edge shuts down: say so to every client and close.

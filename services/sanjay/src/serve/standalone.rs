@@ -5,6 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use anyhow::Context as _;
 use sanjay_delivery::{ApiKey, hash_api_key};
 use sanjay_protocol::token::{Capabilities, Claims};
 use sanjay_runtime::{Clock, OsRandom, Secret, SystemClock, jwt, net::bind, telemetry::Role};
@@ -82,7 +83,12 @@ impl StandaloneArgs {
         let mut process = Process::begin(&settings, settings.cluster.key.clone(), &roles)?;
         let (context, registry) = (process.context.clone(), &mut process.registry);
         sanjay_router::start(settings.router, listeners.router, context.clone(), registry).await?;
-        sanjay_delivery::start(settings.delivery, listeners.delivery, context.clone(), registry).await?;
+        sanjay_delivery::start(settings.delivery, listeners.delivery, context.clone(), registry).await.with_context(
+            || {
+                let dir = self.data_dir.display();
+                format!("cannot open the inboxes in {dir}; one process at a time may use it, --data-dir names another")
+            },
+        )?;
         sanjay_edge::start(settings.edge, listeners.edge, context.clone(), registry).await?;
         let admin = process.serve_admin(&settings.admin.listen).await?;
         ready.admin = format!("http://{admin}");

@@ -191,7 +191,7 @@ impl<T: Transport> Shard<T> {
         let mut told = 0;
         for index in members {
             // A later connection may have taken the index of one that ended.
-            let conn = connections.get(*index as usize).filter(|conn| conn.key.generation <= newest);
+            let conn = connections.get(*index as usize).filter(|conn| is_older(conn.key.generation, newest));
             let Some(conn) = conn else { continue };
             match self.deliver(conn, frame) {
                 Wrote::All => told += 1,
@@ -211,6 +211,12 @@ impl<T: Transport> Shard<T> {
         }
         told
     }
+}
+
+/// Whether a connection's generation is not above `newest`. Generations begin again after 2³²; half of that lies
+/// behind the newest.
+fn is_older(generation: u32, newest: u32) -> bool {
+    newest.wrapping_sub(generation) <= u32::MAX / 2
 }
 
 fn push(event: Event) -> Bytes {

@@ -14,7 +14,6 @@ use anyhow::Context as _;
 use prometheus_client::registry::Registry;
 use sanjay_runtime::{
     Context, grpc,
-    lifecycle::Tracked,
     mailbox::{self, mailbox},
 };
 use sanjay_websocket::serve_upgrade;
@@ -23,7 +22,7 @@ use tokio::{
     net::{TcpListener, TcpStream},
     runtime::LocalOptions,
     sync::{Semaphore, mpsc},
-    task::spawn_local,
+    task::{JoinHandle, spawn_local},
     time::{sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
@@ -137,9 +136,10 @@ fn start_upstream(
             metrics: Arc::clone(metrics),
         }),
     );
-    context
-        .lifecycle
-        .spawn("edge: inbox reads", inbox::read(reading, reads, replies.clone(), Arc::clone(metrics)));
+    context.lifecycle.spawn(
+        "edge: inbox reads",
+        inbox::read(reading, reads, replies.clone(), context.lifecycle.clone(), Arc::clone(metrics)),
+    );
     context.lifecycle.spawn(
         "edge: inbox acks",
         inbox::ack(acking, acks, replies.clone(), Arc::clone(&context.random), Arc::clone(metrics)),
@@ -186,7 +186,8 @@ fn start_shard(
     let soft = context.lifecycle.soft();
     let (started, outcome) = std::sync::mpsc::sync_channel(1);
     let run = move || {
-        let guard = AbortOnPanic { tracked: Some(tracked) };
+        let _tracked = tracked;
+        let _guard = AbortOnPanic;
         // A local runtime cannot move between threads, so the shard's own thread makes it.
         let builder =
             tokio::runtime::Builder::new_current_thread().enable_all().build_local(LocalOptions::default());
@@ -204,7 +205,6 @@ fn start_shard(
                 let _ = started.send(Err(error));
             }
         }
-        guard.end();
     };
     std::thread::Builder::new()
         .name(format!("shard-{number}"))
@@ -213,20 +213,20 @@ fn start_shard(
     outcome.recv().context("a shard's thread ended at once")?.context("cannot start a runtime for a shard")
 }
 
-/// A shard that panics leaves its sockets without anyone who serves them: the process ends, and clients go elsewhere.
-struct AbortOnPanic {
-    tracked: Option<Tracked>,
+/// Runs a task on the shard's thread. The runtime would catch a panic in it and go on without it.
+fn spawn_on_shard(task: impl Future<Output = ()> + 'static) -> JoinHandle<()> {
+    spawn_local(async move {
+        let _guard = AbortOnPanic;
+        task.await;
+    })
 }
 
-impl AbortOnPanic {
-    fn end(mut self) {
-        self.tracked = None;
-    }
-}
+/// A shard that panics leaves its sockets without anyone who serves them: the process ends, and clients go elsewhere.
+struct AbortOnPanic;
 
 impl Drop for AbortOnPanic {
     fn drop(&mut self) {
-        if self.tracked.is_some() {
+        if std::thread::panicking() {
             tracing::error!(
                 "a shard of the edge panicked; the process aborts so that its clients go elsewhere"
             );
@@ -241,9 +241,9 @@ async fn run_shard(
     events: mailbox::Receiver<ShardEvent>,
     soft: CancellationToken,
 ) {
-    let accepting = spawn_local(accept(Rc::clone(&shard), listener));
-    let ticking = spawn_local(Rc::clone(&shard).tick());
-    let running = spawn_local(Rc::clone(&shard).run(events));
+    let accepting = spawn_on_shard(accept(Rc::clone(&shard), listener));
+    let ticking = spawn_on_shard(Rc::clone(&shard).tick());
+    let running = spawn_on_shard(Rc::clone(&shard).run(events));
     soft.cancelled().await;
     accepting.abort();
     let emptied = async {
@@ -269,7 +269,7 @@ async fn accept(shard: Rc<Shard<TcpStream>>, listener: StdListener) {
         match listener.accept().await {
             Ok((stream, _)) => {
                 let shard = Rc::clone(&shard);
-                spawn_local(async move {
+                spawn_on_shard(async move {
                     let _permit = permit;
                     handshake(shard, stream).await;
                 });
@@ -298,5 +298,5 @@ async fn handshake(shard: Rc<Shard<TcpStream>>, stream: TcpStream) {
     let Ok(Some(accepted)) = timeout(limit, upgrade).await else { return };
     common.connections.fetch_add(1, Ordering::Relaxed);
     let conn = shard.add(accepted.io, accepted.context.token);
-    spawn_local(session::run(Rc::clone(&shard), conn, accepted.leftover.to_vec()));
+    spawn_on_shard(session::run(Rc::clone(&shard), conn, accepted.leftover.to_vec()));
 }

@@ -39,7 +39,7 @@ pub struct Metrics {
     pub deliveries: Counter,
     /// Inbox messages handed to sockets.
     pub inbox_deliveries: Counter,
-    /// Gaps that clients were told of.
+    /// Gaps that subscribers were told of, one for each channel and shard.
     pub gaps: Counter,
     /// Publications that found a shard's queue full.
     pub dropped_publications: Counter,
@@ -79,7 +79,11 @@ impl Metrics {
             "Inbox messages handed to sockets",
             it.inbox_deliveries.clone(),
         );
-        registry.register("edge_gaps", "Gaps that clients were told of", it.gaps.clone());
+        registry.register(
+            "edge_gaps",
+            "Gaps that subscribers were told of, by channel and shard",
+            it.gaps.clone(),
+        );
         let dropped = it.dropped_publications.clone();
         registry.register("edge_dropped_publications", "Publications that found a shard full", dropped);
         registry.register("edge_dropped_hints", "Hints that found a shard full", it.dropped_hints.clone());

@@ -66,8 +66,8 @@ pub enum Input {
     LeftUnconfirmed(Option<u64>),
     /// Answers [`Effect::Publish`].
     Published(Option<u64>, Result<Published, ErrorBody>),
-    /// Answers [`Effect::Ack`] that had an id.
-    Acked(u64, Result<(), ErrorBody>),
+    /// Answers [`Effect::Ack`] with the same id.
+    Acked(Option<u64>, Result<(), ErrorBody>),
     /// A message was committed to the inbox with this epoch.
     Hint(u64, InboxMessage),
     /// Hints may have been lost.
@@ -103,7 +103,7 @@ pub enum Effect {
     Leave(Option<u64>, String),
     /// Publish; answered by [`Input::Published`] with the same id.
     Publish(Option<u64>, Publish),
-    /// Settle inbox messages; answered by [`Input::Acked`] when there is an id.
+    /// Settle inbox messages; answered by [`Input::Acked`] with the same id.
     Ack {
         /// The command's id.
         id: Option<u64>,
@@ -260,7 +260,7 @@ impl Machine {
             }
             Input::Acked(id, result) => {
                 self.answered();
-                reply(Some(id), result.map(|()| Event::Ok(Empty {})), effects);
+                reply(id, result.map(|()| Event::Ok(Empty {})), effects);
             }
             Input::Hint(epoch, message) => {
                 self.with_inbox(around, effects, |cursor, steps| cursor.on_hint(epoch, message, steps));
@@ -420,7 +420,7 @@ impl Machine {
         self.with_inbox(around, &mut forward, |cursor, steps| ranges = cursor.on_ack(&ack.ranges, steps));
         std::mem::swap(effects, &mut forward);
         if !ranges.is_empty() {
-            self.outstanding += u8::from(id.is_some());
+            self.outstanding += 1;
             effects.push(Effect::Ack { id, epoch, ranges });
         } else if id.is_some() {
             let why = "nothing in these ranges was sent on this connection; ack what it was sent";

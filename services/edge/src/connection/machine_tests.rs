@@ -269,7 +269,7 @@ fn an_ack_settles_what_was_pushed() {
     assert_eq!(on(&mut machine, ack(None, 1, 900)), [expected]);
     let expected = Effect::Ack { id: Some(5), epoch: 7, ranges: vec![(2, 2)] };
     assert_eq!(on(&mut machine, ack(Some(5), 2, 2)), [expected]);
-    let acked = on(&mut machine, Input::Acked(5, Ok(())));
+    let acked = on(&mut machine, Input::Acked(Some(5), Ok(())));
     assert_eq!(acked, [Effect::Send(EventEnvelope { id: Some(5), event: Event::Ok(Empty {}) })]);
     assert_eq!(on(&mut machine, ack(None, 3, 3)), [], "nothing that was pushed");
     assert_eq!(error_code(&on(&mut machine, ack(Some(6), 3, 3))), Some(ErrorCode::BadRequest));
@@ -374,7 +374,7 @@ impl Driver {
                 let published = Published { message_id: "m".into(), epoch: "e".into(), offset: 1 };
                 Input::Published(id, if well { Ok(published) } else { Err(away()) })
             }
-            Effect::Ack { id: Some(id), .. } => Input::Acked(id, if well { Ok(()) } else { Err(away()) }),
+            Effect::Ack { id, .. } => Input::Acked(id, if well { Ok(()) } else { Err(away()) }),
             _ => return,
         };
         self.input(answer);

@@ -78,6 +78,8 @@ pub struct Connection<T> {
     pub drop_due: Cell<Tick>,
     /// The earliest entry in the wheel.
     pub scheduled: Cell<Tick>,
+    /// The next entry after it; [`NEVER`] when there is none.
+    pub later: Cell<Tick>,
     /// The close code that was sent; 0 when none was.
     pub close_code: Cell<u16>,
 }
@@ -115,6 +117,7 @@ impl<T: Transport> Connection<T> {
             reported: Cell::new(0),
             drop_due: Cell::new(NEVER),
             scheduled: Cell::new(NEVER),
+            later: Cell::new(NEVER),
             close_code: Cell::new(0),
         }
     }

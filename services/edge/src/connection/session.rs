@@ -11,13 +11,20 @@ use std::{
     task::{Context, Poll, ready},
 };
 
-use sanjay_protocol::{CloseCode, json::decode_commands, limits::MAX_CLIENT_MESSAGE_BYTES};
+use sanjay_protocol::{
+    CloseCode,
+    json::decode_commands,
+    limits::{MAX_CLIENT_MESSAGE_BYTES, MAX_TOKEN_BYTES},
+};
 use sanjay_websocket::{Decoder, DecoderConfig, Incoming, Opcode, Transport, encode, encode_close};
 
 use super::{Connection, Life, MAX_WAITING_TO_READ, NEVER};
 use crate::shard::{Shard, effects::Turn};
 
 const DECODER: DecoderConfig = DecoderConfig { max_message_bytes: MAX_CLIENT_MESSAGE_BYTES };
+
+/// Before `hello` was accepted: room for it with the largest token, so that a stranger holds little memory.
+const STRANGER: DecoderConfig = DecoderConfig { max_message_bytes: 2 * MAX_TOKEN_BYTES };
 
 /// Reads in one go before other connections of the shard get their turn.
 const READS_A_TURN: usize = 8;
@@ -141,8 +148,9 @@ fn on_bytes<T: Transport>(
     if matches!(conn.life.get(), Life::Finishing | Life::Dead) {
         return;
     }
+    let config = if conn.machine.borrow().is_identified() { &DECODER } else { &STRANGER };
     let mut turn = Turn::new(shard, conn);
-    let result = decoder.feed(&DECODER, bytes, &mut |incoming| {
+    let result = decoder.feed(config, bytes, &mut |incoming| {
         on_incoming(&mut turn, incoming);
         match conn.life.get() {
             Life::Open | Life::Closing => ControlFlow::Continue(()),
@@ -171,6 +179,7 @@ fn on_incoming<T: Transport>(turn: &mut Turn<'_, T>, incoming: Incoming<'_>) {
     match incoming {
         Incoming::Text(text) => decode_commands(text).for_each(|command| turn.on_command(command)),
         Incoming::Binary(_) => {
+            turn.flush();
             shard.close(conn, CloseCode::Unsupported, "this subprotocol uses text messages", false);
         }
         Incoming::Ping(payload) => turn.send_frame(&encode(Opcode::Pong, payload)),

@@ -12,7 +12,7 @@ use super::{
     wheel::{TICK, Tick, Wheel},
 };
 use crate::{
-    connection::{Connection, Life, NEVER, machine::Input},
+    connection::{Connection, Life, MAX_WAITING_TO_READ, NEVER, machine::Input},
     upstream::{AckRequest, ConnKey},
 };
 
@@ -49,10 +49,10 @@ impl<T: Transport> Shard<T> {
 
     fn on_due(self: &Rc<Self>, conn: &Rc<Connection<T>>) {
         if conn.scheduled.get() > self.now() {
-            // An entry that an earlier deadline left behind; a later one is in the wheel.
+            // An entry that nobody counts on any more.
             return;
         }
-        conn.scheduled.set(NEVER);
+        conn.scheduled.set(conn.later.replace(NEVER));
         match conn.life.get() {
             Life::Open => self.check_open(conn),
             Life::Closing | Life::Finishing if conn.drop_due.get() <= self.now() => conn.die(),
@@ -81,11 +81,11 @@ impl<T: Transport> Shard<T> {
         }
         if conn.pinged.get() != NEVER {
             if after(conn.pinged.get(), config.heartbeat_grace()) <= now {
-                if !conn.has_backlog() {
+                if !conn.has_backlog() && conn.waiting() <= MAX_WAITING_TO_READ {
                     return self.close(conn, CloseCode::TooSlow, "no answer to a heartbeat", true);
                 }
-                // It is not read while its commands wait, so that its answer may lie unread. The client is to see
-                // that the edge lives.
+                // It is not read while its commands wait, or while it takes what waits for it, so that its answer
+                // may lie unread. The client is to see that the edge lives; one that takes nothing stalls.
                 self.ping(conn);
             }
         } else if after(conn.heard.get(), config.heartbeat()) <= now {
@@ -124,6 +124,10 @@ impl<T: Transport> Shard<T> {
         let Some((cursor, epoch)) = machine.inbox().and_then(|cursor| Some((cursor, cursor.epoch()?))) else {
             return;
         };
+        if cursor.last() < conn.reported.get() {
+            // Another inbox, which counts from 1 again.
+            conn.reported.set(0);
+        }
         if cursor.has_in_flight() && cursor.last() > conn.reported.get() {
             conn.reported.set(cursor.last());
             self.upstream.acks.send(AckRequest {

@@ -7,7 +7,7 @@ use std::{collections::VecDeque, rc::Rc, time::Duration};
 use bytes::Bytes;
 use sanjay_proto::{client::v1::InboxMessage, edge::v1::Milestone};
 use sanjay_protocol::{
-    ErrorBody, ErrorCode,
+    Command, ErrorBody, ErrorCode,
     command::{Envelope, Publish},
     event::Subscribed,
     json::{self, Refused},
@@ -21,7 +21,7 @@ use sanjay_websocket::{Opcode, Transport, encode};
 use uuid::Uuid;
 
 use super::{
-    Shard,
+    Needs, Shard,
     deadlines::REPORT_AFTER,
     hub::{Join, Leave, Top},
     wheel::Wheel,
@@ -73,7 +73,7 @@ impl<'a, T: Transport> Turn<'a, T> {
         if self.conn.life.get() != Life::Open {
             return;
         }
-        if !self.conn.has_backlog() && self.can_take() {
+        if !self.conn.has_backlog() && self.can_take(&command) {
             return self.take(command);
         }
         self.conn.backlog.borrow_mut().get_or_insert_default().push_back(command);
@@ -84,11 +84,11 @@ impl<'a, T: Transport> Turn<'a, T> {
         self.on(command.map_or_else(Input::Refused, Input::Command));
     }
 
-    fn can_take(&self) -> bool {
+    fn can_take(&self, command: &Result<Envelope, Refused>) -> bool {
         if !self.conn.machine.borrow().takes_commands() {
             return false;
         }
-        let has_room = self.shard.upstream.has_room();
+        let has_room = self.shard.upstream.has_room_for(needs(command));
         if !has_room {
             self.shard.wait_for_room(self.conn);
         }
@@ -240,7 +240,7 @@ impl<'a, T: Transport> Turn<'a, T> {
         // What was acked reached the client, whatever may wait for the socket now.
         let written = ranges.iter().map(|(_, to)| *to).max().unwrap_or_default();
         self.shard.upstream.acks.send(AckRequest {
-            waiter: id.map(|id| (self.conn.key, id)),
+            waiter: Some((self.conn.key, id)),
             user: machine.user().to_string(),
             device: machine.device().to_owned(),
             epoch,
@@ -284,21 +284,43 @@ impl<'a, T: Transport> Turn<'a, T> {
     }
 }
 
+/// Which lane a command goes through.
+fn needs(command: &Result<Envelope, Refused>) -> Needs {
+    match command.as_ref().map(|envelope| &envelope.command) {
+        Ok(Command::Ack(_)) => Needs::Acks,
+        Ok(Command::Ping | Command::Credit(_)) | Err(_) => Needs::Nothing,
+        Ok(Command::Hello(_) | Command::Subscribe(_) | Command::Unsubscribe(_) | Command::Publish(_)) => {
+            Needs::Router
+        }
+    }
+}
+
 impl<T: Transport> Shard<T> {
     /// Takes the commands that a connection kept, as far as they can be taken now.
     pub fn take_backlog(self: &Rc<Self>, conn: &Rc<Connection<T>>) {
         let mut turn = Turn::new(self, conn);
-        while turn.can_take() {
+        loop {
             let next = conn.backlog.borrow_mut().as_mut().and_then(|backlog| backlog.pop_front());
-            match next {
-                Some(command) => turn.take(command),
-                None => {
-                    *conn.backlog.borrow_mut() = None;
-                    break;
+            let Some(command) = next else {
+                *conn.backlog.borrow_mut() = None;
+                break;
+            };
+            if !turn.can_take(&command) {
+                if let Some(backlog) = &mut *conn.backlog.borrow_mut() {
+                    backlog.push_front(command);
                 }
+                break;
             }
+            turn.take(command);
         }
         turn.end();
+    }
+
+    /// Whether the first command that a connection kept has room upstream now.
+    pub(super) fn could_take(&self, conn: &Connection<T>) -> bool {
+        let backlog = conn.backlog.borrow();
+        let first = backlog.as_ref().and_then(|backlog| backlog.front());
+        first.is_none_or(|command| self.upstream.has_room_for(needs(command)))
     }
 
     /// Asks delivery for a page of the connection's inbox.

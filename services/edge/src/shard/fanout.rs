@@ -5,7 +5,7 @@ use std::{rc::Rc, sync::Arc};
 use bytes::Bytes;
 use sanjay_proto::{client::v1::Publication, edge::v1::InboxHint};
 use sanjay_protocol::{
-    CloseCode, ErrorBody, Event, EventEnvelope,
+    CloseCode, ErrorBody, ErrorCode, Event, EventEnvelope,
     event::{Gap, Goaway, Subscribed},
     json,
 };
@@ -32,10 +32,12 @@ impl<T: Transport> Shard<T> {
         self.common.metrics.publications.inc();
         let step = self.hub.borrow_mut().on_publication(name, epoch, *offset);
         let Step::Deliver { channel, missed } = step else { return };
+        let mut frame = encode(Opcode::Text, &encode_traced(publication));
         if let Some(missed) = missed {
-            self.tell_gap(channel, usize::MAX, name, epoch, missed).await;
+            // In one write with the message, so that who joins meanwhile gets neither.
+            frame = [gap_frame(name, epoch, missed), frame].concat().into();
+            self.common.metrics.gaps.inc();
         }
-        let frame = encode(Opcode::Text, &encode_traced(publication));
         let sockets = self.broadcast(channel, usize::MAX, &frame).await;
         self.common.metrics.deliveries.inc_by(sockets as u64);
         self.milestone(&publication.message_id, "written", format!("{sockets} sockets"));
@@ -55,25 +57,27 @@ impl<T: Transport> Shard<T> {
         name: &str,
         result: Result<(Arc<str>, u64), ErrorBody>,
     ) {
-        let (waiters, result) = match result {
+        let (waiters, result, gap) = match result {
             Ok((epoch, offset)) => {
                 let confirmed =
                     self.hub.borrow_mut().on_subscribed(name, Top { epoch: Arc::clone(&epoch), offset });
                 let Some((channel, confirmed)) = confirmed else { return };
-                if let Some(missed) = confirmed.missed {
-                    self.tell_gap(channel, confirmed.earlier, name, &epoch, missed).await;
-                }
-                (confirmed.waiters, Ok((epoch, offset)))
+                let gap =
+                    confirmed.missed.map(|missed| (channel, confirmed.earlier, Arc::clone(&epoch), missed));
+                (confirmed.waiters, Ok((epoch, offset)), gap)
             }
             Err(error) => {
                 let before = self.hub.borrow().channel_count();
                 let waiters = self.hub.borrow_mut().on_refused(name);
+                if error.code != ErrorCode::Unavailable {
+                    self.give_up(name);
+                }
                 if self.hub.borrow().channel_count() < before {
                     self.common.metrics.channels.dec();
                     // Whoever keeps a route for this shard may forget it.
                     self.upstream.link.send(LinkRequest::Unsubscribe(self.number, name.into()));
                 }
-                (waiters, Err(error))
+                (waiters, Err(error), None)
             }
         };
         for (index, id) in waiters {
@@ -87,6 +91,19 @@ impl<T: Transport> Shard<T> {
             if conn.has_backlog() {
                 conn.wake();
             }
+        }
+        // Last, because it gives others their turn, in which who waited may be gone.
+        if let Some((channel, earlier, epoch, missed)) = gap {
+            self.tell_gap(channel, earlier, name, &epoch, missed).await;
+        }
+    }
+
+    /// The router will not hold a channel again that has members here. They come back and are answered for it,
+    /// rather than to wait for messages that never come.
+    fn give_up(&self, name: &str) {
+        let members = self.hub.borrow().members_of(name);
+        for conn in members.into_iter().filter_map(|index| self.at(index)) {
+            self.close(&conn, CloseCode::TryAgainLater, "a channel of this connection is refused now", false);
         }
     }
 
@@ -159,10 +176,8 @@ impl<T: Transport> Shard<T> {
     }
 
     async fn tell_gap(&self, channel: u32, first: usize, name: &str, epoch: &str, missed: Missed) {
-        let Missed { from, to } = missed;
-        let gap = Gap { channel: name.to_owned(), epoch: epoch.to_owned(), from, to };
-        let told = self.broadcast(channel, first, &push(Event::Gap(gap))).await;
-        self.common.metrics.gaps.inc_by(told as u64);
+        self.broadcast(channel, first, &gap_frame(name, epoch, missed)).await;
+        self.common.metrics.gaps.inc();
     }
 
     /// Writes a frame to the first members of a channel. Returns how many took it.
@@ -217,6 +232,10 @@ impl<T: Transport> Shard<T> {
 /// behind the newest.
 fn is_older(generation: u32, newest: u32) -> bool {
     newest.wrapping_sub(generation) <= u32::MAX / 2
+}
+
+fn gap_frame(name: &str, epoch: &str, Missed { from, to }: Missed) -> Bytes {
+    push(Event::Gap(Gap { channel: name.to_owned(), epoch: epoch.to_owned(), from, to }))
 }
 
 fn push(event: Event) -> Bytes {

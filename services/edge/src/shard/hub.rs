@@ -114,6 +114,11 @@ impl Hub {
         self.channels.len()
     }
 
+    /// The members of a channel by its name: those whom a refusal leaves without messages.
+    pub fn members_of(&self, name: &str) -> Vec<ConnIndex> {
+        self.by_name.get(name).map_or_else(Vec::new, |index| self.members(*index).to_vec())
+    }
+
     /// Who is subscribed.
     pub fn members(&self, channel: u32) -> &[ConnIndex] {
         self.channels.get(channel as usize).map_or(&[], |channel| &channel.members)
@@ -201,7 +206,7 @@ impl Hub {
         Some((index, Confirmed { waiters, missed, earlier }))
     }
 
-    /// The router refused a subscription. Returns who waited for it.
+    /// The router refused a subscription. Returns who waited for it; members from before stay.
     pub fn on_refused(&mut self, name: &str) -> Vec<(ConnIndex, Option<u64>)> {
         let Some(&index) = self.by_name.get(name) else { return Vec::new() };
         let waiters = std::mem::take(&mut self.channels[index as usize].waiters);

@@ -73,10 +73,13 @@ pub struct Upstream {
 }
 
 impl Upstream {
-    /// Whether another command may be taken.
-    #[must_use]
-    pub fn has_room(&self) -> bool {
-        self.link.has_room() && self.reads.has_room() && self.acks.has_room()
+    /// Whether a command of this kind may be taken: one lane that is full does not hold up the others.
+    fn has_room_for(&self, needs: Needs) -> bool {
+        match needs {
+            Needs::Nothing => true,
+            Needs::Router => self.link.has_room(),
+            Needs::Acks => self.acks.has_room(),
+        }
     }
 
     fn flush(&self) {
@@ -84,6 +87,14 @@ impl Upstream {
         self.reads.flush();
         self.acks.flush();
     }
+}
+
+/// Which lane a command goes through.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Needs {
+    Nothing,
+    Router,
+    Acks,
 }
 
 /// One thread's connections. `T`: the sockets.
@@ -256,11 +267,13 @@ impl<T: Transport> Shard<T> {
     /// Has another look at the connections that wait for room upstream.
     fn relieve(&self) {
         self.upstream.flush();
-        if self.upstream.has_room() {
-            for key in self.congested.take() {
-                if let Some(conn) = self.connection(key) {
-                    conn.waits_for_room.set(false);
+        for key in self.congested.take() {
+            if let Some(conn) = self.connection(key) {
+                conn.waits_for_room.set(false);
+                if self.could_take(&conn) {
                     conn.wake();
+                } else {
+                    self.wait_for_room(&conn);
                 }
             }
         }
@@ -284,6 +297,9 @@ impl<T: Transport> Shard<T> {
     fn schedule(&self, conn: &Connection<T>) {
         let next = self.next_deadline(conn);
         if next < conn.scheduled.get() && next != NEVER {
+            // The entry that is overtaken stays in the wheel, and serves when the nearer one was handed out: a
+            // timer of milliseconds does not leave another heartbeat entry behind each time.
+            conn.later.set(conn.later.get().min(conn.scheduled.get()));
             let mut wheel = self.wheel.borrow_mut();
             conn.scheduled.set(wheel.insert(next, conn.key));
         }

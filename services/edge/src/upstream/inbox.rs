@@ -5,12 +5,12 @@ use std::{sync::Arc, time::Duration};
 use sanjay_proto::{
     client::v1::SeqRange,
     edge::v1::{
-        AckRequest as PbAckRequest, AckResponse, InboxError, InboxQuery, ReadInboxRequest, ReadInboxResponse,
-        UserAck, UserAckResult, inbox_client::InboxClient,
+        AckRequest as PbAckRequest, InboxError, InboxQuery, ReadInboxRequest, ReadInboxResponse, UserAck,
+        UserAckResult, inbox_client::InboxClient,
     },
 };
 use sanjay_protocol::{ErrorBody, ErrorCode};
-use sanjay_runtime::{SharedRandom, grpc::PeerChannel, random::full_jitter};
+use sanjay_runtime::{Lifecycle, SharedRandom, grpc::PeerChannel, random::full_jitter};
 use tokio::{
     sync::{Semaphore, mpsc},
     time::timeout,
@@ -29,11 +29,15 @@ const MAX_CALLS: usize = 8;
 /// A read is for a person who waits: rather no answer than a late one.
 const READ_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// An ack is tried again until it is durable.
+/// An ack that has no answer by then is sent again: until it is durable or refused for good.
 const ACK_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Largest answer: pages are bounded by delivery to 1 MiB each, and a batch of them stays below this.
-const MAX_ANSWER_BYTES: usize = 64 * 1024 * 1024;
+/// Pauses between attempts: full jitter that doubles from the first to the other.
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+const MAX_PAUSE: Duration = Duration::from_secs(2);
+
+/// Largest answer. Delivery bounds all pages of a call to 3 MiB, beside their frames.
+const MAX_ANSWER_BYTES: usize = 8 * 1024 * 1024;
 
 fn client(channel: PeerChannel) -> InboxClient<PeerChannel> {
     InboxClient::new(channel).max_decoding_message_size(MAX_ANSWER_BYTES)
@@ -44,6 +48,7 @@ pub async fn read(
     channel: PeerChannel,
     mut requests: mpsc::Receiver<ReadRequest>,
     replies: Replies,
+    lifecycle: Lifecycle,
     metrics: Arc<Metrics>,
 ) {
     let calls = Arc::new(Semaphore::new(MAX_CALLS));
@@ -54,7 +59,7 @@ pub async fn read(
             return;
         }
         let (channel, replies, metrics) = (channel.clone(), replies.clone(), Arc::clone(&metrics));
-        tokio::spawn(async move {
+        lifecycle.spawn("edge: inbox read", async move {
             let _call = call;
             read_batch(channel, batch, &replies, &metrics).await;
         });
@@ -105,45 +110,56 @@ pub async fn ack(
     metrics: Arc<Metrics>,
 ) {
     let mut batch = Vec::new();
+    let mut attempt = 0;
     while requests.recv_many(&mut batch, MAX_BATCH).await > 0 {
-        let acks: Vec<UserAck> = batch.iter().map(user_ack).collect();
-        metrics.acks.inc_by(acks.len() as u64);
-        let mut attempt = 0;
-        let results = loop {
-            match ack_batch(channel.clone(), acks.clone()).await {
-                Ok(results) => break results,
+        while !batch.is_empty() {
+            let why = match ack_batch(channel.clone(), &batch, &metrics).await {
+                Ok(results) => settle(&mut batch, results, &replies),
                 Err(Failure::Refused(why)) => {
                     tracing::error!(
                         why,
                         "delivery refused a batch of acks; its messages will be delivered again"
                     );
-                    break AckResponse { results: vec![refused(&why); batch.len()] };
+                    let results = batch.iter().map(|_| refused(&why)).collect();
+                    settle(&mut batch, results, &replies)
                 }
-                Err(Failure::Away(why)) => {
-                    attempt += 1;
-                    metrics.ack_failures.inc();
-                    tracing::warn!(
-                        why,
-                        attempt,
-                        "acks wait; check that delivery runs and edge.delivery names it"
-                    );
-                    let pause =
-                        full_jitter(&*random, attempt, Duration::from_millis(50), Duration::from_secs(2));
-                    tokio::time::sleep(pause).await;
-                }
+                Err(Failure::Away(why)) => Some(why),
+            };
+            let Some(why) = why else { break };
+            attempt += 1;
+            metrics.ack_failures.inc();
+            if attempt == 1 {
+                tracing::warn!(why, "acks wait; check that delivery runs and edge.delivery names it");
             }
-        };
-        let mut results = results.results.into_iter();
-        for AckRequest { waiter, .. } in batch.drain(..) {
-            let error = results.next().and_then(|result| result.error);
-            if let Some((conn, id)) = waiter {
-                let result = error.map_or(Ok(()), |error| {
-                    Err(ErrorBody::new(ErrorCode::from_text(&error.code), error.message))
-                });
-                replies.reply(conn, ShardEvent::Acked(conn, id, result));
-            }
+            tokio::time::sleep(full_jitter(&*random, attempt, FIRST_PAUSE, MAX_PAUSE)).await;
+        }
+        if attempt > 0 {
+            tracing::info!(attempt, "acks go through again");
+            attempt = 0;
         }
     }
+}
+
+/// Answers what was settled or refused, and keeps what delivery could not take now. Says why it could not.
+fn settle(batch: &mut Vec<AckRequest>, results: Vec<UserAckResult>, replies: &Replies) -> Option<String> {
+    let mut why = None;
+    let mut results = results.into_iter();
+    batch.retain(|request| {
+        let error = results.next().and_then(|result| result.error);
+        let error = error.map(|error| ErrorBody::new(ErrorCode::from_text(&error.code), error.message));
+        match (error, request.waiter) {
+            (Some(error), _) if error.retryable => {
+                why = Some(error.message);
+                true
+            }
+            (error, Some((conn, id))) => {
+                replies.reply(conn, ShardEvent::Acked(conn, id, error.map_or(Ok(()), Err)));
+                false
+            }
+            (_, None) => false,
+        }
+    });
+    why
 }
 
 /// Why a batch of acks was not taken.
@@ -154,9 +170,21 @@ enum Failure {
     Away(String),
 }
 
-async fn ack_batch(channel: PeerChannel, acks: Vec<UserAck>) -> Result<AckResponse, Failure> {
+async fn ack_batch(
+    channel: PeerChannel,
+    batch: &[AckRequest],
+    metrics: &Metrics,
+) -> Result<Vec<UserAckResult>, Failure> {
+    let acks: Vec<UserAck> = batch.iter().map(user_ack).collect();
+    metrics.acks.inc_by(acks.len() as u64);
     match timeout(ACK_TIMEOUT, client(channel).ack(PbAckRequest { acks })).await {
-        Ok(Ok(response)) => Ok(response.into_inner()),
+        Ok(Ok(response)) => {
+            let results = response.into_inner().results;
+            if results.len() == batch.len() {
+                return Ok(results);
+            }
+            Err(Failure::Away("delivery answered another number of acks than were sent".to_owned()))
+        }
         Ok(Err(status)) if status.code() == Code::InvalidArgument => {
             Err(Failure::Refused(status.message().to_owned()))
         }

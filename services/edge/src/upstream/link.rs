@@ -1,8 +1,13 @@
 //! The stream to a router: announces what the shards hold, hands out what arrives, attaches again when it ends.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::Arc,
+    time::Duration,
+};
 
 use futures::StreamExt;
+use prost::Message as _;
 use sanjay_proto::{
     LINK_VERSION,
     edge::v1::{
@@ -12,11 +17,17 @@ use sanjay_proto::{
 };
 use sanjay_protocol::{ErrorBody, ErrorCode, event::Published, json};
 use sanjay_runtime::{ReadinessFlag, SharedRandom, grpc::PeerChannel, random::full_jitter};
-use tokio::{sync::mpsc, time::timeout};
+use tokio::{
+    sync::mpsc,
+    time::{Instant, timeout},
+};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 
-use super::{ConnKey, LinkRequest, ShardEvent, shards::Shards};
+use super::{
+    ConnKey, LinkRequest, ShardEvent,
+    shards::{Shards, shards_of},
+};
 use crate::metrics::Metrics;
 
 /// How long a router has to answer an attach.
@@ -31,6 +42,12 @@ const MAX_WAITING: usize = 8_192;
 
 /// Most events in one message.
 const MAX_BATCH: usize = 512;
+
+/// Most bytes in one message, unless its first event alone is larger: well below what a router takes.
+const MAX_BATCH_BYTES: usize = 1024 * 1024;
+
+/// A stream that lasted so long was a good one: the next attach does not wait longer than the first.
+const GOOD_STREAM: Duration = Duration::from_secs(10);
 
 /// How often the shards are offered what they missed, while they missed something.
 const FLUSH_EVERY: Duration = Duration::from_millis(20);
@@ -58,7 +75,8 @@ pub struct Parts {
 /// The task: never ends by itself.
 pub async fn run(parts: Parts) {
     let Parts { node, incarnation, channel, mut requests, shards, random, ready, metrics } = parts;
-    let mut state = State { shards, routes: HashMap::new(), waiting: Vec::new(), asked: Asked::default() };
+    let mut state =
+        State { shards, routes: HashMap::new(), waiting: VecDeque::new(), asked: Asked::default() };
     let mut attempt = 0;
     loop {
         let hello = EdgeHello {
@@ -76,9 +94,10 @@ pub async fn run(parts: Parts) {
                 );
                 ready.set(true);
                 metrics.attached.set(1);
-                attempt = 0;
+                let began = Instant::now();
                 state.announce();
                 let why = state.serve(&mut requests, outbound, inbound).await;
+                attempt = if began.elapsed() >= GOOD_STREAM { 0 } else { attempt.max(1) + 1 };
                 state.detached();
                 ready.set(false);
                 metrics.attached.set(0);
@@ -135,7 +154,7 @@ struct State {
     shards: Shards,
     routes: HashMap<Arc<str>, Route>,
     /// Events that go out with the next message.
-    waiting: Vec<EdgeEvent>,
+    waiting: VecDeque<EdgeEvent>,
     asked: Asked,
 }
 
@@ -171,9 +190,7 @@ impl State {
             tokio::select! {
                 permit = outbound.reserve(), if !self.waiting.is_empty() => {
                     let Ok(permit) = permit else { return "the router closed the stream".to_owned() };
-                    let rest = self.waiting.split_off(self.waiting.len().min(MAX_BATCH));
-                    let events = std::mem::replace(&mut self.waiting, rest);
-                    permit.send(AttachRequest { hello: None, events });
+                    permit.send(AttachRequest { hello: None, events: self.next_batch() });
                 }
                 count = requests.recv_many(&mut batch, room), if room > 0 => {
                     if count == 0 {
@@ -191,6 +208,17 @@ impl State {
                 _ = flush.tick(), if self.shards.has_marks() => self.shards.flush(),
             }
         }
+    }
+
+    /// The events of the next message, at least one.
+    fn next_batch(&mut self) -> Vec<EdgeEvent> {
+        let mut bytes = 0;
+        let fits = self.waiting.iter().take(MAX_BATCH).take_while(|event| {
+            bytes += event.encoded_len();
+            bytes <= MAX_BATCH_BYTES
+        });
+        let count = fits.count().max(1);
+        self.waiting.drain(..count).collect()
     }
 
     /// Between streams: what needs the router is refused or waits for the next one. Never ends.
@@ -297,7 +325,7 @@ impl State {
             }
             return;
         }
-        self.waiting.push(subscribe(&name));
+        self.waiting.push_back(subscribe(&name));
         self.routes.insert(name, Route { mask: 1 << shard, live: None });
     }
 
@@ -352,7 +380,7 @@ impl State {
                 }
             }
             Err(error) => {
-                tracing::warn!(
+                tracing::debug!(
                     code = error.code.as_str(),
                     why = error.message,
                     "the router refused a subscription"
@@ -379,13 +407,8 @@ impl State {
     }
 
     fn send(&mut self, event: edge_event::Event) {
-        self.waiting.push(EdgeEvent { event: Some(event) });
+        self.waiting.push_back(EdgeEvent { event: Some(event) });
     }
-}
-
-/// The shards of a route's mask.
-fn shards_of(mask: u64) -> impl Iterator<Item = u16> {
-    (0..64).filter(move |shard| mask & (1 << shard) != 0)
 }
 
 fn subscribe(name: &str) -> EdgeEvent {

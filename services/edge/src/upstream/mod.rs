@@ -100,8 +100,8 @@ pub struct ReadRequest {
 /// A shard settles messages, or reports what was written.
 #[derive(Debug)]
 pub struct AckRequest {
-    /// Who waits for the answer, with the command's id.
-    pub waiter: Option<(ConnKey, u64)>,
+    /// Who waits for the answer, with the command's id; nobody does for a report.
+    pub waiter: Option<(ConnKey, Option<u64>)>,
     /// The user.
     pub user: String,
     /// The device.
@@ -126,7 +126,7 @@ pub enum ShardEvent {
     /// A read was answered.
     Page(ConnKey, Result<InboxPage, ErrorBody>),
     /// Acks are durable, or were not taken.
-    Acked(ConnKey, u64, Result<(), ErrorBody>),
+    Acked(ConnKey, Option<u64>, Result<(), ErrorBody>),
     /// A channel message. Droppable.
     Publication(Arc<Publication>),
     /// Channel messages up to this offset were dropped on the way.

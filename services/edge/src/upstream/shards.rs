@@ -70,12 +70,14 @@ impl Shards {
 
     /// Hands a publication to the shards in `mask` (bit n: shard n).
     pub fn publish(&mut self, mask: u64, name: &Arc<str>, publication: &Arc<Publication>) {
-        for shard in bits(mask) {
+        for shard in shards_of(mask).map(usize::from) {
             let Some(sender) = self.replies.0.get(shard) else { continue };
             let marks = &mut self.missed[shard];
-            if marks.channels.contains_key(name) {
+            if let Some((epoch, top)) = marks.channels.get(name) {
                 // The gap must be told before what follows it; while it cannot be, it grows.
-                flush(sender, marks);
+                if sender.try_send(ShardEvent::Gap(Arc::clone(name), Arc::clone(epoch), *top)).is_ok() {
+                    marks.channels.remove(name);
+                }
             }
             match marks.channels.entry(Arc::clone(name)) {
                 Entry::Occupied(mut mark) => {
@@ -94,7 +96,7 @@ impl Shards {
 
     /// Tells the shards in `mask` of a gap that the router signalled.
     pub fn gap(&mut self, mask: u64, name: &Arc<str>, epoch: &Arc<str>, top: u64) {
-        for shard in bits(mask) {
+        for shard in shards_of(mask).map(usize::from) {
             if let Some(marks) = self.missed.get_mut(shard) {
                 marks.channels.insert(Arc::clone(name), (Arc::clone(epoch), top));
             }
@@ -146,6 +148,7 @@ fn flush(sender: &mailbox::Sender<ShardEvent>, marks: &mut Marks) {
     }
 }
 
-fn bits(mask: u64) -> impl Iterator<Item = usize> {
-    (0..64).filter(move |bit| mask & (1 << bit) != 0)
+/// The shards of a mask.
+pub(super) fn shards_of(mask: u64) -> impl Iterator<Item = u16> {
+    (0..64).filter(move |shard| mask & (1 << shard) != 0)
 }

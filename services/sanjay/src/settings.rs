@@ -1,53 +1,28 @@
 //! Where a client command finds its server: flags, then the environment, then what the server in the data
 //! directory wrote down.
 
-use std::{fs, io, path::PathBuf};
+use std::path::PathBuf;
 
-use anyhow::{Context as _, anyhow, bail};
+use anyhow::{anyhow, bail};
 use clap::Args;
 use sanjay_client::{Backend, BackendError, BackendOptions};
 use sanjay_runtime::Secret;
-use serde::{Deserialize, de::DeserializeOwned};
 
-/// Where `standalone` keeps its files unless told otherwise.
-pub(crate) const DEFAULT_DATA_DIR: &str = ".sanjay";
+use crate::serve::{
+    ready::{self, Ready},
+    secrets::{self, Secrets},
+    standalone::DATA_DIR,
+};
 
 /// The data directory of a server on this machine.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct DataDir {
     /// Where a standalone server keeps its files; what no flag or variable says is taken from there
-    #[arg(long, value_name = "DIR", default_value = DEFAULT_DATA_DIR)]
+    #[arg(long, value_name = "DIR", default_value = DATA_DIR)]
     data_dir: PathBuf,
 }
 
-/// What a running server says of itself.
-#[derive(Default, Deserialize)]
-struct Ready {
-    url: Option<String>,
-    server: Option<String>,
-    admin: Option<String>,
-    token: Option<String>,
-    api_key: Option<String>,
-}
-
-/// The part of the secrets that clients' tokens are made with.
-#[derive(Deserialize)]
-struct Secrets {
-    token_secret: String,
-}
-
 impl DataDir {
-    fn read<T: DeserializeOwned>(&self, name: &str) -> anyhow::Result<Option<T>> {
-        let path = self.data_dir.join(name);
-        let bytes = match fs::read(&path) {
-            Ok(bytes) => bytes,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(error).with_context(|| format!("cannot read {}", path.display())),
-        };
-        let parsed = serde_json::from_slice(&bytes);
-        parsed.map(Some).with_context(|| format!("{} is damaged; restart the server", path.display()))
-    }
-
     /// The value that was given, or else the one that the server wrote down.
     fn resolve(
         &self,
@@ -58,10 +33,10 @@ impl DataDir {
     ) -> anyhow::Result<String> {
         match given {
             Some(given) => Ok(given),
-            None => self.read::<Ready>("ready.json")?.and_then(field).ok_or_else(|| {
+            None => Ready::read(&self.data_dir)?.and_then(field).ok_or_else(|| {
                 anyhow!(
                     "no server is known here: start one with `sanjay standalone`, or give {flag} or {variable} (there is no {})",
-                    self.data_dir.join("ready.json").display()
+                    self.data_dir.join(ready::FILE).display()
                 )
             }),
         }
@@ -72,7 +47,9 @@ impl DataDir {
     /// # Errors
     /// When none is known.
     pub(crate) fn admin(&self, given: Option<String>) -> anyhow::Result<String> {
-        self.resolve(given, "--admin", "SANJAY_ADMIN", |ready| ready.admin)
+        self.resolve(given, "--admin", "SANJAY_ADMIN", |ready| {
+            Some(ready.admin).filter(|admin| !admin.is_empty())
+        })
     }
 }
 
@@ -187,10 +164,10 @@ impl SecretArgs {
             }
             return Ok(Secret::new(given.as_str()));
         }
-        let secrets = self.data_dir.read::<Secrets>("secrets.json")?.ok_or_else(|| {
+        let secrets = Secrets::read(&self.data_dir.data_dir)?.ok_or_else(|| {
             anyhow!(
                 "no token secret is known here: start a server with `sanjay standalone`, or give --token-secret or SANJAY_EDGE__TOKEN_SECRET (there is no {})",
-                self.data_dir.data_dir.join("secrets.json").display()
+                self.data_dir.data_dir.join(secrets::FILE).display()
             )
         })?;
         Ok(Secret::new(secrets.token_secret))
@@ -199,7 +176,7 @@ impl SecretArgs {
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
+    use std::{fs, path::Path};
 
     use super::*;
 

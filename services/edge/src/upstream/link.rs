@@ -77,7 +77,7 @@ pub async fn run(parts: Parts) {
     let Parts { node, incarnation, channel, mut requests, shards, random, ready, metrics } = parts;
     let mut state =
         State { shards, routes: HashMap::new(), waiting: VecDeque::new(), asked: Asked::default() };
-    let mut attempt = 0;
+    let (mut attempt, mut told_away) = (0, false);
     loop {
         let hello = EdgeHello {
             version: LINK_VERSION,
@@ -94,6 +94,7 @@ pub async fn run(parts: Parts) {
                 );
                 ready.set(true);
                 metrics.attached.set(1);
+                told_away = false;
                 let began = Instant::now();
                 state.announce();
                 let why = state.serve(&mut requests, outbound, inbound).await;
@@ -106,7 +107,7 @@ pub async fn run(parts: Parts) {
             Err(why) => {
                 attempt += 1;
                 // A router that is only restarted is back by now; clients need not hear of that.
-                if attempt == 1 {
+                if !std::mem::replace(&mut told_away, true) {
                     state.shards.replies().tell_all(|| ShardEvent::Away);
                 }
                 tracing::warn!(

@@ -88,7 +88,8 @@ fn table(trace: &GetTraceResponse) -> Vec<String> {
         [time(m.time_us), clean(&m.service), clean(&m.stage), clean(&m.detail)]
     }));
     let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
-    let (times, services, stages) = (width(0), width(1), width(2));
+    // Of every usual trace, so that the columns stand where they stood for the last one.
+    let (times, services, stages) = (width(0).max(9), width(1).max(8), width(2).max(10));
     let row = |[time, service, stage, detail]: &[String; 4]| {
         format!("{time:>times$}  {service:<services$}  {stage:<stages$}  {detail}").trim_end().to_owned()
     };
@@ -116,10 +117,10 @@ mod tests {
         ];
         let trace = GetTraceResponse { milestones, missing: vec!["router".into()] };
         let expected = [
-            "     ms  service   stage     detail",
-            "  0.000  delivery  accepted  seq 3",
-            " 12.345  edge      written   1 socket",
-            "100.000  edge      acked",
+            "       ms  service   stage       detail",
+            "    0.000  delivery  accepted    seq 3",
+            "   12.345  edge      written     1 socket",
+            "  100.000  edge      acked",
         ];
         assert_eq!(table(&trace), expected);
         let json: serde_json::Value = serde_json::from_str(&json("id", &trace).unwrap()).unwrap();

@@ -1,8 +1,9 @@
 //! The ready file: where a started process can be reached, for scripts and for the client commands.
 
-use std::path::Path;
+use std::{fs, io::ErrorKind, path::Path};
 
-use serde::Serialize;
+use anyhow::Context as _;
+use serde::{Deserialize, Serialize};
 
 use super::secrets::write_private;
 
@@ -10,7 +11,8 @@ use super::secrets::write_private;
 pub(crate) const FILE: &str = "ready.json";
 
 /// What a started process says of itself. What it does not have is left out.
-#[derive(Clone, Default, Serialize)]
+#[derive(Clone, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub(crate) struct Ready {
     /// Where clients connect.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -32,6 +34,21 @@ pub(crate) struct Ready {
 }
 
 impl Ready {
+    /// Reads the file of a data directory; `None` when no server runs there.
+    ///
+    /// # Errors
+    /// When the file cannot be read or is no such file.
+    pub(crate) fn read(data_dir: &Path) -> anyhow::Result<Option<Self>> {
+        let path = data_dir.join(FILE);
+        let text = match fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error).with_context(|| format!("cannot read {}", path.display())),
+        };
+        let ready = serde_json::from_str(&text);
+        ready.map(Some).with_context(|| format!("{} is damaged; restart the server", path.display()))
+    }
+
     /// Writes the file whole or not at all, readable by its owner alone.
     ///
     /// # Errors

@@ -12,7 +12,7 @@ use sanjay_runtime::Random;
 use serde::{Deserialize, Serialize};
 
 /// Name of the file in the data directory.
-const FILE: &str = "secrets.json";
+pub(crate) const FILE: &str = "secrets.json";
 
 /// The secrets of a data directory.
 #[derive(Clone, Serialize, Deserialize)]
@@ -82,9 +82,16 @@ pub(crate) fn write_private(path: &Path, content: &[u8]) -> anyhow::Result<()> {
     let mut partial = name.to_owned();
     partial.push(format!(".{}.partial", std::process::id()));
     let partial: PathBuf = path.with_file_name(partial);
+    // One of our own may be left from a process that was killed and had the same id. What is made between this
+    // and the next line, by whomever, is neither opened nor followed.
+    match fs::remove_file(&partial) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            return Err(error).with_context(|| format!("cannot replace {}", partial.display()));
+        }
+        _ => {}
+    }
     let written = (|| -> std::io::Result<()> {
-        let mut file =
-            OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&partial)?;
+        let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&partial)?;
         file.write_all(content)?;
         file.sync_all()?;
         fs::rename(&partial, path)
@@ -93,4 +100,25 @@ pub(crate) fn write_private(path: &Path, content: &[u8]) -> anyhow::Result<()> {
         let _ = fs::remove_file(&partial);
     }
     written.with_context(|| format!("cannot write {}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{PermissionsExt as _, symlink};
+
+    use super::*;
+
+    #[test]
+    fn a_planted_link_is_replaced_and_not_followed() {
+        let directory = tempfile::tempdir().unwrap();
+        let (path, victim) = (directory.path().join("pid"), directory.path().join("victim"));
+        fs::write(&victim, "untouched").unwrap();
+        symlink(&victim, directory.path().join(format!("pid.{}.partial", std::process::id()))).unwrap();
+        write_private(&path, b"new").unwrap();
+        assert_eq!(fs::read_to_string(&victim).unwrap(), "untouched");
+        let written = fs::symlink_metadata(&path).unwrap();
+        assert!(written.is_file());
+        assert_eq!(written.permissions().mode() & 0o777, 0o600);
+        assert_eq!(fs::read_to_string(&path).unwrap(), "new");
+    }
 }

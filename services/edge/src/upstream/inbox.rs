@@ -1,6 +1,12 @@
 //! The calls to delivery: reads and acks of many connections travel together.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use sanjay_proto::{
     client::v1::SeqRange,
@@ -15,7 +21,7 @@ use tokio::{
     sync::{Semaphore, mpsc},
     time::timeout,
 };
-use tonic::{Code, Status};
+use tonic::Code;
 
 use super::{AckRequest, ReadRequest, ShardEvent, shards::Replies};
 use crate::metrics::Metrics;
@@ -52,6 +58,7 @@ pub async fn read(
     metrics: Arc<Metrics>,
 ) {
     let calls = Arc::new(Semaphore::new(MAX_CALLS));
+    let away = Arc::new(AtomicBool::new(false));
     loop {
         let Ok(call) = Arc::clone(&calls).acquire_owned().await else { return };
         let mut batch = Vec::new();
@@ -59,14 +66,22 @@ pub async fn read(
             return;
         }
         let (channel, replies, metrics) = (channel.clone(), replies.clone(), Arc::clone(&metrics));
+        let away = Arc::clone(&away);
         lifecycle.spawn("edge: inbox read", async move {
             let _call = call;
-            read_batch(channel, batch, &replies, &metrics).await;
+            let result = read_batch(channel, batch, &replies, &metrics).await;
+            log_change(&away, result);
         });
     }
 }
 
-async fn read_batch(channel: PeerChannel, batch: Vec<ReadRequest>, replies: &Replies, metrics: &Metrics) {
+/// Reads some inboxes and answers each; says what went wrong with the call.
+async fn read_batch(
+    channel: PeerChannel,
+    batch: Vec<ReadRequest>,
+    replies: &Replies,
+    metrics: &Metrics,
+) -> Result<(), String> {
     let (conns, queries): (Vec<_>, Vec<_>) = batch
         .into_iter()
         .map(|ReadRequest { conn, user, device, after, limit }| {
@@ -78,9 +93,12 @@ async fn read_batch(channel: PeerChannel, batch: Vec<ReadRequest>, replies: &Rep
     let mut pages = match result.map(|result| result.map(tonic::Response::into_inner)) {
         Ok(Ok(ReadInboxResponse { pages })) if pages.len() == conns.len() => Ok(pages.into_iter()),
         Ok(Ok(_)) => Err(away("delivery answered another number of pages than were asked for")),
-        Ok(Err(status)) => Err(failed("reading inboxes", &status)),
+        Ok(Err(status)) => {
+            Err(away(&format!("delivery is away ({:?}: {})", status.code(), status.message())))
+        }
         Err(_) => Err(away("delivery did not answer in time")),
     };
+    let outcome = pages.as_ref().map(|_| ()).map_err(|error| error.message.clone());
     for conn in conns {
         let page = match &mut pages {
             Err(error) => Err(error.clone()),
@@ -96,6 +114,21 @@ async fn read_batch(channel: PeerChannel, batch: Vec<ReadRequest>, replies: &Rep
             metrics.inbox_read_failures.inc();
         }
         replies.reply(conn, ShardEvent::Page(conn, page));
+    }
+    outcome
+}
+
+/// Logs when reads begin to fail and when they work again, rather than each of thousands.
+fn log_change(away: &AtomicBool, outcome: Result<(), String>) {
+    match outcome {
+        Ok(()) if away.swap(false, Ordering::Relaxed) => tracing::info!("reading inboxes works again"),
+        Err(why) if !away.swap(true, Ordering::Relaxed) => {
+            tracing::warn!(
+                why,
+                "reading inboxes failed; check that delivery runs and edge.delivery names it"
+            );
+        }
+        Ok(()) | Err(_) => {}
     }
 }
 
@@ -207,11 +240,6 @@ fn user_ack(request: &AckRequest) -> UserAck {
         written: request.written,
         milestones: Vec::new(),
     }
-}
-
-fn failed(what: &str, status: &Status) -> ErrorBody {
-    tracing::warn!(code = ?status.code(), why = status.message(), "{what} failed; check that delivery runs");
-    away("delivery is away")
 }
 
 fn away(why: &str) -> ErrorBody {

@@ -7,10 +7,10 @@ use prometheus_client::registry::Registry;
 use sanjay_proto::{delivery::v1::delivery_server::DeliveryServer, edge::v1::inbox_server::InboxServer};
 use sanjay_runtime::{
     Context, MilestoneRing, Validate,
-    grpc::{ServeOptions, cluster_auth, connect_lazy, serve_with},
+    grpc::{MAX_MESSAGE, ServeOptions, cluster_auth, connect_lazy, serve_with},
 };
 use tokio::net::TcpListener;
-use tonic::service::Routes;
+use tonic::service::{Routes, interceptor::InterceptedService};
 
 use crate::{
     auth::ApiKeys,
@@ -24,6 +24,7 @@ use crate::{
     relay,
     router::Router,
     store::{self, StoreOptions},
+    sweep::Sweep,
 };
 
 /// How many milestones are remembered.
@@ -79,6 +80,8 @@ pub async fn start(
         metrics: metrics.clone(),
     };
     spawn(&context, "delivery redelivery", redelivery.run(context.lifecycle.soft()));
+    let sweep = Sweep { store: store.clone(), clock: context.clock.clone() };
+    spawn(&context, "delivery sweep", sweep.run(context.lifecycle.soft()));
 
     let inbox = Inbox {
         store: store.clone(),
@@ -118,10 +121,12 @@ async fn serve(
     backend: BackendApi,
     edge: EdgeApi,
 ) -> anyhow::Result<()> {
+    let backend = DeliveryServer::new(backend).max_decoding_message_size(MAX_MESSAGE);
+    let edge = InboxServer::new(edge).max_decoding_message_size(MAX_MESSAGE);
     let mut routes = Routes::builder();
     routes
-        .add_service(DeliveryServer::with_interceptor(backend, ApiKeys::new(&config.api_keys)))
-        .add_service(InboxServer::with_interceptor(edge, cluster_auth(&context.cluster_key)));
+        .add_service(InterceptedService::new(backend, ApiKeys::new(&config.api_keys)))
+        .add_service(InterceptedService::new(edge, cluster_auth(&context.cluster_key)));
     let options = ServeOptions {
         name: "delivery grpc",
         routes: routes.routes(),

@@ -15,6 +15,7 @@ mod relay;
 mod retry;
 mod router;
 pub mod store;
+mod sweep;
 
 pub use app::start;
 pub use auth::{ApiKey, hash_api_key};

@@ -1,5 +1,5 @@
 //! Relays again what no edge reported written: the last message of an inbox has no successor that would reveal
-//! its loss. Also keeps the store tidy.
+//! its loss.
 
 use std::{sync::Arc, time::Duration};
 
@@ -39,15 +39,6 @@ const MAX_MESSAGES: usize = 64;
 /// For how long a claim holds: longer than the calls that finish it may take together.
 const CLAIM: Duration = Duration::from_secs(30);
 
-/// How often receipts and dedupe keys that are past their time are removed.
-const SWEEP_EVERY: Duration = Duration::from_secs(60);
-
-/// Most that is removed in one step, so that a send waits a few milliseconds for it at most.
-const SWEEP_STEP: usize = 500;
-
-/// Most steps of one sweep.
-const SWEEP_STEPS: usize = 200;
-
 /// Why a scan stopped early.
 #[derive(Debug, thiserror::Error)]
 enum ScanError {
@@ -72,24 +63,20 @@ impl Redelivery {
     pub(crate) async fn run(self, stop: CancellationToken) {
         let mut scan = tokio::time::interval(SCAN_EVERY);
         scan.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut sweep = tokio::time::interval(SWEEP_EVERY);
-        sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut resting = false;
-        loop {
-            tokio::select! {
-                () = stop.cancelled() => return,
-                _ = scan.tick() => {
-                    match self.scan().await {
-                        Ok(()) => resting = false,
-                        Err(error) => {
-                            if !std::mem::replace(&mut resting, true) {
-                                tracing::warn!(%error, "redelivery rests");
-                            }
-                            scan.reset_after(REST);
-                        }
+        while stop.run_until_cancelled(scan.tick()).await.is_some() {
+            match self.scan().await {
+                Ok(()) => {
+                    if std::mem::replace(&mut resting, false) {
+                        tracing::info!("redelivery goes on");
                     }
                 }
-                _ = sweep.tick() => self.sweep(&stop).await,
+                Err(error) => {
+                    if !std::mem::replace(&mut resting, true) {
+                        tracing::warn!(%error, "redelivery rests");
+                    }
+                    scan.reset_after(REST);
+                }
             }
         }
     }
@@ -174,16 +161,6 @@ impl Redelivery {
             AttemptResult::NothingToDo | AttemptResult::Offline => Next::Parked,
         };
         Rearm { user: attempt.inbox.user, armed: attempt.inbox.armed, next }
-    }
-
-    async fn sweep(&self, stop: &CancellationToken) {
-        for _ in 0..SWEEP_STEPS {
-            match self.store.sweep(self.clock.now_us(), SWEEP_STEP).await {
-                Ok(removed) if removed == SWEEP_STEP && !stop.is_cancelled() => {}
-                Ok(_) => return,
-                Err(error) => return tracing::warn!(%error, "the inbox store was not swept"),
-            }
-        }
     }
 }
 

@@ -9,7 +9,7 @@ use sanjay_proto::{
         router_client::RouterClient,
     },
 };
-use sanjay_runtime::grpc::PeerChannel;
+use sanjay_runtime::grpc::{MAX_MESSAGE, PeerChannel};
 
 /// How long the router may take to answer one call.
 const TIMEOUT: Duration = Duration::from_secs(2);
@@ -17,8 +17,8 @@ const TIMEOUT: Duration = Duration::from_secs(2);
 /// Most publications or hints of one call.
 pub(crate) const MAX_ITEMS: usize = 1_000;
 
-/// Most bytes of payload of one call: a gRPC message holds 4 MiB, and names and ids need some of it.
-pub(crate) const MAX_BYTES: usize = 3 * 1024 * 1024;
+/// Most bytes of payload of one call; names and ids need the rest of [`MAX_MESSAGE`], about 1 KiB an item.
+pub(crate) const MAX_BYTES: usize = MAX_MESSAGE - 1024 * 1024;
 
 /// The router did not answer as it should. What it did with the call is unknown.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

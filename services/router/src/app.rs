@@ -7,7 +7,7 @@ use prometheus_client::registry::Registry as MetricsRegistry;
 use sanjay_proto::{edge::v1::router_link_server::RouterLinkServer, router::v1::router_server::RouterServer};
 use sanjay_runtime::{
     Context, MilestoneRing, Validate,
-    grpc::{ServeOptions, cluster_auth, serve_with},
+    grpc::{MAX_MESSAGE, ServeOptions, cluster_auth, serve_with},
 };
 use tokio::{
     net::TcpListener,
@@ -22,6 +22,7 @@ use crate::{
     grpc::{RouterLinkService, RouterService},
     link::{LinkLimits, Links},
     metrics::Metrics,
+    outage::Outage,
     publish::Publisher,
     registry::{
         Registry,
@@ -96,10 +97,12 @@ pub async fn start_with(
             sessions: config.max_sessions_per_edge,
             lease,
         },
+        closing: Outage::default(),
     });
     let auth = cluster_auth(&context.cluster_key);
-    let link = RouterLinkServer::new(RouterLinkService { links });
-    let server = RouterServer::new(RouterService { publisher, relay, milestones });
+    let link = RouterLinkServer::new(RouterLinkService { links }).max_decoding_message_size(MAX_MESSAGE);
+    let server = RouterServer::new(RouterService { publisher, relay, milestones })
+        .max_decoding_message_size(MAX_MESSAGE);
     let routes = Routes::new(InterceptedService::new(link, auth.clone()))
         .add_service(InterceptedService::new(server, auth));
     let options =
@@ -114,12 +117,22 @@ pub async fn start_with(
 fn spawn_upkeep(context: &Context, registry: Arc<dyn Registry>, fanout: Arc<Fanout>) {
     let soft = context.lifecycle.soft();
     context.lifecycle.spawn("router upkeep", async move {
+        let maintaining = Outage::default();
         let mut ticks = interval(Duration::from_secs(1));
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         while soft.run_until_cancelled(ticks.tick()).await.is_some() {
             fanout.measure();
-            if let Err(error) = registry.maintain().await {
-                tracing::warn!(%error, "could not maintain the registry");
+            match registry.maintain().await {
+                Ok(()) => {
+                    if maintaining.ends() {
+                        tracing::info!("the registry is maintained again");
+                    }
+                }
+                Err(error) => {
+                    if maintaining.begins() {
+                        tracing::warn!(%error, "could not maintain the registry");
+                    }
+                }
             }
         }
     });

@@ -6,7 +6,7 @@
 
 use std::{
     collections::HashMap,
-    hash::{BuildHasher, BuildHasherDefault, DefaultHasher},
+    hash::{BuildHasher as _, RandomState},
     sync::{Arc, atomic::Ordering},
 };
 
@@ -35,6 +35,8 @@ type Channels = HashMap<Arc<str>, Interest>;
 /// Which edges are attached, and which hold a channel.
 pub(crate) struct Fanout {
     stripes: Box<[Mutex<Channels>]>,
+    /// Keyed anew in each process: nobody can choose names that all fall on one stripe.
+    hasher: RandomState,
     edges: RwLock<HashMap<Arc<str>, Arc<Downlink>>>,
     milestones: Arc<MilestoneRing>,
     metrics: Metrics,
@@ -62,7 +64,7 @@ enum State {
 impl Fanout {
     pub(crate) fn new(milestones: Arc<MilestoneRing>, metrics: Metrics) -> Self {
         let stripes = (0..STRIPES).map(|_| Mutex::default()).collect();
-        Self { stripes, edges: RwLock::default(), milestones, metrics }
+        Self { stripes, hasher: RandomState::new(), edges: RwLock::default(), milestones, metrics }
     }
 
     /// Makes `link` the stream of its edge and ends the older one. When a newer one is there already, it is
@@ -192,7 +194,7 @@ impl Fanout {
     }
 
     fn stripe(&self, channel: &str) -> &Mutex<Channels> {
-        let hash = BuildHasherDefault::<DefaultHasher>::default().hash_one(channel);
+        let hash = self.hasher.hash_one(channel);
         &self.stripes[hash as usize % STRIPES]
     }
 }

@@ -12,6 +12,7 @@ mod link;
 #[cfg(test)]
 mod link_tests;
 mod metrics;
+mod outage;
 mod publish;
 pub mod registry;
 mod relay;

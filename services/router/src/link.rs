@@ -25,6 +25,7 @@ use crate::{
     errors::link_error,
     fanout::Fanout,
     metrics::Metrics,
+    outage::Outage,
     publish::Publisher,
     registry::{Assigned, Attachment, EdgeRef, Registry, RegistryError, SessionId, UserSession},
     subscriptions::{Subscriptions, refusal},
@@ -49,6 +50,8 @@ pub(crate) struct Links {
     pub(crate) router: Arc<str>,
     pub(crate) incarnation: u64,
     pub(crate) limits: LinkLimits,
+    /// Of closing sessions.
+    pub(crate) closing: Outage,
 }
 
 /// Bounds of a stream.
@@ -322,13 +325,7 @@ impl Link {
             }
             Kind::Unsubscribe => shared.subscriptions.unsubscribe(&self.downlink, &run.channels).await,
             Kind::Open => self.open_sessions(run.sessions).await,
-            Kind::Close => {
-                let closed = shared.registry.close_sessions(&self.downlink.attachment, &run.sessions).await;
-                if let Err(error) = closed {
-                    // They are found again by the sweep after the edge's next attachment.
-                    tracing::warn!(%error, sessions = run.sessions.len(), "could not close sessions");
-                }
-            }
+            Kind::Close => self.close_sessions(&run.sessions).await,
             Kind::Publish => self.publish(run.publishes).await,
         }
         self.downlink.sessions.store(self.sessions.len(), Ordering::Relaxed);
@@ -342,6 +339,23 @@ impl Link {
                 self.sessions.remove(&session.session);
             }
             self.downlink.reply(opened(session.session.to_vec().into(), error));
+        }
+    }
+
+    async fn close_sessions(&self, sessions: &[UserSession]) {
+        let closing = &self.shared.closing;
+        match self.shared.registry.close_sessions(&self.downlink.attachment, sessions).await {
+            Ok(()) => {
+                if closing.ends() {
+                    tracing::info!("sessions are closed again");
+                }
+            }
+            // They are found again by the sweep after the edge's next attachment.
+            Err(error) => {
+                if closing.begins() {
+                    tracing::warn!(%error, "could not close sessions");
+                }
+            }
         }
     }
 

@@ -35,6 +35,7 @@ use crate::{
     fanout::Fanout,
     link::{AttachError, LinkLimits, Links},
     metrics::Metrics,
+    outage::Outage,
     publish::Publisher,
     registry::{
         Registry,
@@ -120,6 +121,7 @@ async fn router(memory: &Arc<Memory>, name: &str, mailbox: usize) -> Router {
         router: name.into(),
         incarnation: 1,
         limits: LinkLimits { mailbox, channels: 3, sessions: 3, lease: LEASE },
+        closing: Outage::default(),
     });
     Router { links, relay, registry, bus, metrics, lifecycle }
 }

@@ -1,16 +1,22 @@
 //! Inbox hints to the edges that hold a user, and where users are.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+    time::Duration,
+};
 
+use parking_lot::Mutex;
 use sanjay_proto::{edge::v1::InboxHint, router::v1::RelayOutcome};
 use sanjay_runtime::{MilestoneRing, trace};
 use tokio::time::Instant;
 use tracing::Span;
 
 use crate::{
-    bus::{Bus, EdgeHint},
+    bus::{Bus, BusError, EdgeHint},
     fanout::Fanout,
     metrics::Metrics,
+    outage::Outage,
     registry::{EdgeRef, Location, Registry, RegistryError},
 };
 
@@ -24,6 +30,10 @@ pub(crate) struct Relay {
     router: Arc<str>,
     /// Until then edges may not have announced yet what they hold.
     settled_at: Instant,
+    /// Of the registry's answers.
+    locating: Outage,
+    /// The routers that the bus does not reach at present.
+    unreached: Mutex<HashSet<Arc<str>>>,
 }
 
 /// Where a user is.
@@ -47,7 +57,17 @@ impl Relay {
         lease: Duration,
     ) -> Self {
         let settled_at = Instant::now() + lease;
-        Self { registry, bus, fanout, milestones, metrics, router, settled_at }
+        Self {
+            registry,
+            bus,
+            fanout,
+            milestones,
+            metrics,
+            router,
+            settled_at,
+            locating: Outage::default(),
+            unreached: Mutex::default(),
+        }
     }
 
     /// Hands each hint to every edge where its user takes part in the inbox, once an edge. Outcomes stand
@@ -56,11 +76,16 @@ impl Relay {
         let users: Vec<Arc<str>> = hints.iter().map(|hint| hint.user.as_str().into()).collect();
         let places = match self.registry.locate(&users).await {
             Ok(mut places) => {
+                if self.locating.ends() {
+                    tracing::info!("it is known again where users are");
+                }
                 places.iter_mut().for_each(|places| places.retain(|place| place.inbox));
                 places
             }
             Err(error) => {
-                tracing::warn!(%error, hints = hints.len(), "cannot tell where users are");
+                if self.locating.begins() {
+                    tracing::warn!(%error, "cannot tell where users are");
+                }
                 Vec::new()
             }
         };
@@ -134,10 +159,29 @@ impl Relay {
 
     async fn send_elsewhere(&self, elsewhere: Elsewhere, edges: &mut [usize]) {
         for (router, (hints, places)) in elsewhere {
-            match self.bus.relay(&router, hints).await {
+            let relayed = self.bus.relay(&router, hints).await;
+            self.note_reached(&router, relayed.as_ref().err());
+            match relayed {
                 Ok(true) => places.into_iter().for_each(|at| edges[at] += 1),
                 Ok(false) => tracing::debug!(%router, "a router that has sessions does not listen"),
-                Err(error) => tracing::warn!(%router, %error, "could not relay hints"),
+                Err(_) => {}
+            }
+        }
+    }
+
+    /// Logs when a router is out of reach, and when it is not any more.
+    fn note_reached(&self, router: &Arc<str>, error: Option<&BusError>) {
+        let mut unreached = self.unreached.lock();
+        match error {
+            Some(error) => {
+                if unreached.insert(Arc::clone(router)) {
+                    tracing::warn!(%router, %error, "could not relay hints");
+                }
+            }
+            None => {
+                if unreached.remove(router) {
+                    tracing::info!(%router, "hints are relayed again");
+                }
             }
         }
     }

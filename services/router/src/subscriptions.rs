@@ -10,6 +10,7 @@ use crate::{
     downlink::Downlink,
     errors::link_error,
     fanout::Fanout,
+    outage::Outage,
     registry::{Registry, RegistryError},
 };
 
@@ -21,6 +22,7 @@ pub(crate) struct Subscriptions {
     /// Held while a change of interest is carried to the bus, so that the bus sees changes of a channel in
     /// the order in which they were decided.
     membership: Mutex<()>,
+    unsubscribing: Outage,
 }
 
 /// Why a subscription failed.
@@ -36,7 +38,7 @@ pub(crate) enum SubscribeError {
 
 impl Subscriptions {
     pub(crate) fn new(fanout: Arc<Fanout>, bus: Arc<dyn Bus>, registry: Arc<dyn Registry>) -> Self {
-        Self { fanout, bus, registry, membership: Mutex::new(()) }
+        Self { fanout, bus, registry, membership: Mutex::new(()), unsubscribing: Outage::default() }
     }
 
     /// Subscribes the edge to channels, each named once, and sends it one answer for each. Returns those
@@ -71,9 +73,18 @@ impl Subscriptions {
         if unused.is_empty() {
             return;
         }
-        if let Err(error) = self.bus.unsubscribe(&unused).await {
+        match self.bus.unsubscribe(&unused).await {
+            Ok(()) => {
+                if self.unsubscribing.ends() {
+                    tracing::info!("unsubscribing on the bus works again");
+                }
+            }
             // What still comes is dropped for want of interest.
-            tracing::warn!(%error, channels = unused.len(), "could not unsubscribe on the bus");
+            Err(error) => {
+                if self.unsubscribing.begins() {
+                    tracing::warn!(%error, "could not unsubscribe on the bus");
+                }
+            }
         }
     }
 

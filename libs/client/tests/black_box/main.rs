@@ -1,6 +1,6 @@
 //! The clients against small servers that speak the protocols and do what a test says.
 
-#![expect(clippy::unwrap_used, reason = "a panic is how a test fails, in its helpers too")]
+#![expect(clippy::unwrap_used, reason = "a panic is how a test fails, in what its servers check too")]
 
 mod backend;
 mod backpressure;

@@ -12,7 +12,8 @@ use tonic_health::{ServingStatus, server::HealthReporter};
 use super::connection::Connection;
 use crate::lifecycle::Lifecycle;
 
-/// Largest message that a server decodes, in bytes; tonic's default, which generated servers keep.
+/// Largest message that a server of the cluster decodes, in bytes: every generated server is given this bound,
+/// and whoever sends batches splits them to stay below it.
 pub const MAX_MESSAGE: usize = 4 * 1024 * 1024;
 /// Bytes in flight on one stream: a window of 64 KiB, the protocol's default, stalls at a few MB/s.
 pub(super) const STREAM_WINDOW: u32 = 1024 * 1024;

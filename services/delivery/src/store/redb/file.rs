@@ -1,6 +1,9 @@
 //! The redb file: opens it, says in plain words why that failed, and opens it again after a failed write.
 
 use std::{
+    fs::{File, OpenOptions},
+    io::ErrorKind,
+    os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -64,6 +67,10 @@ pub enum OpenError {
     },
 }
 
+/// Pages of the file that are kept in memory, in bytes. The library's own default is 1 GiB, more than a small
+/// container has; the operating system caches the file as well.
+const CACHE_BYTES: usize = 128 * 1024 * 1024;
+
 /// The open database, which is away for a moment after a failed write.
 pub(super) struct RedbFile {
     path: PathBuf,
@@ -122,9 +129,11 @@ fn open_database(path: &Path) -> Result<Database, OpenError> {
     if !directory.is_dir() {
         return Err(OpenError::NoDirectory { path: text(), directory: directory.display().to_string() });
     }
-    let is_new = !path.exists();
+    let io = |error: std::io::Error| OpenError::Other { path: text(), error: error.to_string() };
+    let is_new = create_private(path).map_err(io)?;
     let shown = text();
     let database = Database::builder()
+        .set_cache_size(CACHE_BYTES)
         .set_repair_callback(move |repair| {
             let percent = (repair.progress() * 100.0) as u32;
             tracing::warn!(path = shown, percent, "the inbox store was not closed cleanly; checking it");
@@ -134,9 +143,7 @@ fn open_database(path: &Path) -> Result<Database, OpenError> {
             DatabaseError::DatabaseAlreadyOpen | DatabaseError::LockProtocolMismatch => {
                 OpenError::Locked { path: text() }
             }
-            DatabaseError::Storage(StorageError::Io(error))
-                if error.kind() != std::io::ErrorKind::InvalidData =>
-            {
+            DatabaseError::Storage(StorageError::Io(error)) if error.kind() != ErrorKind::InvalidData => {
                 OpenError::Other { path: text(), error: error.to_string() }
             }
             DatabaseError::Storage(StorageError::PreviousIo) => {
@@ -146,10 +153,19 @@ fn open_database(path: &Path) -> Result<Database, OpenError> {
         })?;
     if is_new {
         // The file's name must be as durable as its content.
-        let synced = std::fs::File::open(directory).and_then(|directory| directory.sync_all());
-        synced.map_err(|error| OpenError::Other { path: text(), error: error.to_string() })?;
+        File::open(directory).and_then(|directory| directory.sync_all()).map_err(io)?;
     }
     Ok(database)
+}
+
+/// Creates an empty file that its owner alone may read: it will hold every payload. Returns false, and leaves
+/// the file as it is, when there is one.
+fn create_private(path: &Path) -> std::io::Result<bool> {
+    match OpenOptions::new().write(true).create_new(true).mode(0o600).open(path) {
+        Ok(_) => Ok(true),
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 /// Checks the format, and in a new file creates the tables and the store's identity.

@@ -193,6 +193,18 @@ async fn a_file_in_use_is_named() {
 }
 
 #[tokio::test]
+async fn a_new_file_is_for_its_owner_alone_and_an_old_one_keeps_its_mode() {
+    use std::{fs::Permissions, os::unix::fs::PermissionsExt as _};
+    let redb = Redb::new();
+    let mode = || std::fs::metadata(redb.path()).unwrap().permissions().mode() & 0o777;
+    drop(redb.open().await.unwrap());
+    assert_eq!(mode(), 0o600);
+    std::fs::set_permissions(redb.path(), Permissions::from_mode(0o640)).unwrap();
+    drop(redb.open().await.unwrap());
+    assert_eq!(mode(), 0o640);
+}
+
+#[tokio::test]
 async fn a_file_that_is_no_store_is_left_alone() {
     let redb = Redb::new();
     for content in [b"not a database, and long enough for a header".repeat(200), b"short".to_vec()] {

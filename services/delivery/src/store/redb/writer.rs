@@ -142,7 +142,8 @@ impl Operation {
     }
 }
 
-/// The write side of the store.
+/// The write side of the store. Its thread belongs to no runtime, so time is the system's monotonic clock here:
+/// tokio's would be the same outside a runtime. It only measures commits and paces opening the file again.
 pub(super) struct Writer {
     pub(super) file: Arc<RedbFile>,
     pub(super) operations: Receiver<Queued>,
@@ -158,7 +159,7 @@ pub(super) struct Writer {
 impl Writer {
     /// Runs until every sender is gone and the queue is empty.
     pub(super) fn run(self) {
-        let mut tried = None;
+        let (mut tried, mut said) = (None, false);
         loop {
             let batch = match self.next_batch() {
                 ControlFlow::Continue(batch) => batch,
@@ -166,7 +167,7 @@ impl Writer {
             };
             if !self.file.is_open() && tried.is_none_or(|at: Instant| at.elapsed() >= REOPEN_PAUSE) {
                 tried = Some(Instant::now());
-                self.reopen();
+                said = self.reopen(said);
             }
             if batch.is_empty() {
                 continue;
@@ -269,10 +270,19 @@ impl Writer {
         Ok((outcomes, items))
     }
 
-    fn reopen(&self) {
+    /// Tries to open the file again. Says that it could not, unless that was `said`; returns whether it is.
+    fn reopen(&self, said: bool) -> bool {
         match self.file.reopen() {
-            Ok(()) => tracing::info!(path = %self.file.path().display(), "the inbox store is open again"),
-            Err(error) => tracing::error!(%error, "the inbox store could not be opened again yet"),
+            Ok(()) => {
+                tracing::info!(path = %self.file.path().display(), "the inbox store is open again");
+                false
+            }
+            Err(error) => {
+                if !said {
+                    tracing::error!(%error, "the inbox store could not be opened again yet");
+                }
+                true
+            }
         }
     }
 }

@@ -4,8 +4,8 @@
 //! offset order is delivery order.
 
 use std::{
-    collections::{HashMap, VecDeque},
-    hash::{BuildHasher, BuildHasherDefault, DefaultHasher},
+    collections::{BTreeMap, HashMap, VecDeque},
+    hash::{BuildHasher as _, RandomState},
     sync::Arc,
 };
 
@@ -28,6 +28,8 @@ const IDLE_STEP: usize = 256;
 
 pub(super) struct Channels {
     stripes: Box<[Mutex<Stripe>]>,
+    /// Keyed anew in each process: nobody can choose names that all fall on one stripe.
+    hasher: RandomState,
     limits: Limits,
     clock: SharedClock,
     random: SharedRandom,
@@ -38,30 +40,48 @@ struct Stripe {
     channels: HashMap<Arc<str>, Channel>,
     /// When to look whether a channel is idle; one entry for each channel.
     idle: VecDeque<(Instant, Arc<str>)>,
+    order: KeyOrder,
+}
+
+/// All dedupe keys of a stripe, oldest first.
+#[derive(Default)]
+struct KeyOrder {
+    /// The channel of each key by the key's number.
+    channels: BTreeMap<u64, Arc<str>>,
+    /// Of the latest key.
+    last: u64,
 }
 
 struct Channel {
+    name: Arc<str>,
     epoch: Arc<str>,
     top: u64,
     used: Instant,
     first_answers: HashMap<Arc<str>, Assigned>,
-    /// The keys of `first_answers`, oldest first, with when they expire.
-    keys: VecDeque<(Instant, Arc<str>)>,
+    /// The keys of `first_answers`, oldest first.
+    keys: VecDeque<Key>,
     sinks: Vec<(Arc<str>, Arc<dyn Sink>)>,
+}
+
+struct Key {
+    text: Arc<str>,
+    expires: Instant,
+    /// In the stripe's [`KeyOrder`].
+    number: u64,
 }
 
 impl Channels {
     pub(super) fn new(limits: Limits, clock: SharedClock, random: SharedRandom) -> Self {
         let stripes = (0..STRIPES).map(|_| Mutex::default()).collect();
-        Self { stripes, limits, clock, random }
+        Self { stripes, hasher: RandomState::new(), limits, clock, random }
     }
 
     pub(super) fn publish(&self, new: NewPublication) -> Result<Assigned, RegistryError> {
         let now = Instant::now();
         let mut stripe = self.stripe(&new.channel).lock();
-        let channel = self.channel(&mut stripe, &new.channel, now)?;
+        let (channel, order) = self.channel(&mut stripe, &new.channel, now)?;
         if !new.dedupe_key.is_empty() {
-            channel.expire_keys(now);
+            channel.expire_keys(now, order);
             if let Some(first) = channel.first_answers.get(new.dedupe_key.as_str()) {
                 return Ok(Assigned { repeated: true, ..first.clone() });
             }
@@ -74,7 +94,9 @@ impl Channels {
             repeated: false,
         };
         if !new.dedupe_key.is_empty() {
-            channel.remember(new.dedupe_key.into(), assigned.clone(), now, &self.limits);
+            let number = order.push(Arc::clone(&channel.name));
+            let key = Key { text: new.dedupe_key.into(), expires: now + self.limits.dedupe_window, number };
+            channel.remember(key, assigned.clone(), order, &self.limits);
         }
         if !channel.sinks.is_empty() {
             let publication = Arc::new(Publication {
@@ -89,12 +111,13 @@ impl Channels {
             });
             channel.sinks.iter().for_each(|(_, sink)| sink.publication(&publication));
         }
+        stripe.bound_keys(self.limits.total_dedupe_keys.div_ceil(STRIPES));
         Ok(assigned)
     }
 
     pub(super) fn top(&self, channel: &str) -> Result<Top, RegistryError> {
         let mut stripe = self.stripe(channel).lock();
-        Ok(self.channel(&mut stripe, channel, Instant::now())?.position())
+        Ok(self.channel(&mut stripe, channel, Instant::now())?.0.position())
     }
 
     pub(super) fn subscribe(
@@ -104,7 +127,7 @@ impl Channels {
         sink: &Arc<dyn Sink>,
     ) -> Result<(), RegistryError> {
         let mut stripe = self.stripe(channel).lock();
-        let channel = self.channel(&mut stripe, channel, Instant::now())?;
+        let (channel, _) = self.channel(&mut stripe, channel, Instant::now())?;
         if channel.sinks.iter().all(|(other, _)| other != router) {
             channel.sinks.push((Arc::clone(router), Arc::clone(sink)));
         }
@@ -131,21 +154,29 @@ impl Channels {
         }
     }
 
+    /// How many dedupe keys are remembered.
+    #[cfg(test)]
+    pub(super) fn keys(&self) -> usize {
+        self.stripes.iter().map(|stripe| stripe.lock().order.channels.len()).sum()
+    }
+
     fn stripe(&self, channel: &str) -> &Mutex<Stripe> {
-        let hash = BuildHasherDefault::<DefaultHasher>::default().hash_one(channel);
+        let hash = self.hasher.hash_one(channel);
         &self.stripes[hash as usize % STRIPES]
     }
 
-    /// The channel's state, made anew when it has none or when it is idle but not yet swept.
+    /// The channel's state, made anew when it has none or when it is idle but not yet swept, and the order of
+    /// its stripe's keys.
     fn channel<'a>(
         &self,
         stripe: &'a mut Stripe,
         name: &str,
         now: Instant,
-    ) -> Result<&'a mut Channel, RegistryError> {
+    ) -> Result<(&'a mut Channel, &'a mut KeyOrder), RegistryError> {
         if let Some(known) = stripe.channels.get_mut(name) {
             if known.is_idle(now, &self.limits) {
-                *known = self.open(now);
+                known.forget_keys(&mut stripe.order);
+                *known = self.open(Arc::clone(&known.name), now);
             }
         } else {
             if stripe.channels.len() >= self.limits.channels.div_ceil(STRIPES) {
@@ -156,16 +187,17 @@ impl Channels {
             }
             let name: Arc<str> = name.into();
             stripe.idle.push_back((now + self.limits.idle, Arc::clone(&name)));
-            stripe.channels.insert(name, self.open(now));
+            stripe.channels.insert(Arc::clone(&name), self.open(name, now));
         }
         let channel = stripe.channels.get_mut(name).expect("it was there or was inserted above");
         channel.used = now;
-        Ok(channel)
+        Ok((channel, &mut stripe.order))
     }
 
-    fn open(&self, now: Instant) -> Channel {
+    fn open(&self, name: Arc<str>, now: Instant) -> Channel {
         let epoch = format!("{:016x}", self.random.next_u64()).into();
         Channel {
+            name,
             epoch,
             top: 0,
             used: now,
@@ -182,12 +214,33 @@ impl Stripe {
             let Some((_, name)) = self.idle.pop_front_if(|(due, _)| *due <= now) else { return };
             let Some(channel) = self.channels.get_mut(&name) else { continue };
             if channel.is_idle(now, limits) {
+                channel.forget_keys(&mut self.order);
                 self.channels.remove(&name);
             } else {
-                channel.expire_keys(now);
+                channel.expire_keys(now, &mut self.order);
                 self.idle.push_back((now + limits.idle, name));
             }
         }
+    }
+
+    /// Forgets the oldest keys, whichever channel they belong to, until at most `most` are left.
+    fn bound_keys(&mut self, most: usize) {
+        while self.order.channels.len() > most.max(1) {
+            let Some((_, name)) = self.order.channels.first_key_value() else { return };
+            let name = Arc::clone(name);
+            let channel =
+                self.channels.get_mut(&name).expect("a channel takes its keys with it when it goes");
+            channel.forget_oldest(&mut self.order);
+        }
+    }
+}
+
+impl KeyOrder {
+    /// Adds a key of the channel; returns its number.
+    fn push(&mut self, channel: Arc<str>) -> u64 {
+        self.last += 1;
+        self.channels.insert(self.last, channel);
+        self.last
     }
 }
 
@@ -208,18 +261,29 @@ impl Channel {
         }
     }
 
-    fn expire_keys(&mut self, now: Instant) {
-        while let Some((_, key)) = self.keys.pop_front_if(|(expires, _)| *expires <= now) {
-            self.first_answers.remove(&key);
+    fn expire_keys(&mut self, now: Instant, order: &mut KeyOrder) {
+        while self.keys.front().is_some_and(|key| key.expires <= now) {
+            self.forget_oldest(order);
         }
     }
 
-    fn remember(&mut self, key: Arc<str>, answer: Assigned, now: Instant, limits: &Limits) {
-        while self.keys.len() >= limits.dedupe_keys.max(1) {
-            let Some((_, oldest)) = self.keys.pop_front() else { break };
-            self.first_answers.remove(&oldest);
+    fn forget_oldest(&mut self, order: &mut KeyOrder) {
+        let Some(key) = self.keys.pop_front() else { return };
+        self.first_answers.remove(&key.text);
+        order.channels.remove(&key.number);
+    }
+
+    fn forget_keys(&mut self, order: &mut KeyOrder) {
+        while !self.keys.is_empty() {
+            self.forget_oldest(order);
         }
-        self.keys.push_back((now + limits.dedupe_window, Arc::clone(&key)));
-        self.first_answers.insert(key, answer);
+    }
+
+    fn remember(&mut self, key: Key, answer: Assigned, order: &mut KeyOrder, limits: &Limits) {
+        while self.keys.len() >= limits.dedupe_keys.max(1) {
+            self.forget_oldest(order);
+        }
+        self.first_answers.insert(Arc::clone(&key.text), answer);
+        self.keys.push_back(key);
     }
 }

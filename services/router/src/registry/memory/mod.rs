@@ -27,6 +27,9 @@ pub struct Limits {
     pub channels: usize,
     /// Most dedupe keys that a channel remembers.
     pub dedupe_keys: usize,
+    /// Most dedupe keys that are remembered in all. They are shared out among stripes of channels, so a key may
+    /// go a little earlier than that; the oldest of a stripe goes first.
+    pub total_dedupe_keys: usize,
     /// For how long a dedupe key is known.
     pub dedupe_window: Duration,
     /// How long the state of an unused channel is kept.
@@ -38,6 +41,8 @@ impl Default for Limits {
         Self {
             channels: 1_000_000,
             dedupe_keys: 4_096,
+            // Who may publish everywhere chooses channels and keys: a few hundred bytes for each of them.
+            total_dedupe_keys: 1_000_000,
             dedupe_window: Duration::from_secs(5 * 60),
             idle: Duration::from_secs(10 * 60),
         }

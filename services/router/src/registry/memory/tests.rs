@@ -55,6 +55,43 @@ async fn the_oldest_key_goes_first() {
     assert!(!publish(&memory, "news", "a").await.repeated);
 }
 
+#[tokio::test]
+async fn keys_are_bounded_across_channels_and_the_oldest_goes_first() {
+    let memory = memory(Limits { dedupe_keys: 8, total_dedupe_keys: 64 * 4, ..Limits::default() });
+    for at in 0..20_000 {
+        publish(&memory, &format!("c{at}"), "k").await;
+    }
+    assert_eq!(memory.channels.keys(), 64 * 4, "every stripe took its four");
+    assert!(publish(&memory, "c19999", "k").await.repeated, "the latest is known");
+    assert!(!publish(&memory, "c0", "k").await.repeated, "the oldest is not");
+    // A busy channel may have all of its stripe's keys and no more.
+    for at in 0..20 {
+        publish(&memory, "busy", &format!("k{at}")).await;
+    }
+    assert!(publish(&memory, "busy", "k16").await.repeated);
+    assert!(!publish(&memory, "busy", "k15").await.repeated);
+    assert_eq!(memory.channels.keys(), 64 * 4);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_key_that_is_gone_counts_no_more() {
+    let memory = memory(Limits { dedupe_keys: 2, ..Limits::default() });
+    for key in ["a", "b", "c"] {
+        publish(&memory, "news", key).await;
+    }
+    assert_eq!(memory.channels.keys(), 2, "the channel's own bound");
+    advance(Duration::from_secs(301)).await;
+    publish(&memory, "news", "d").await;
+    assert_eq!(memory.channels.keys(), 1, "their time");
+    advance(Duration::from_secs(601)).await;
+    publish(&memory, "news", "").await;
+    assert_eq!(memory.channels.keys(), 0, "a new epoch");
+    publish(&memory, "news", "e").await;
+    advance(Duration::from_secs(601)).await;
+    memory.registry().maintain().await.unwrap();
+    assert_eq!(memory.channels.keys(), 0, "an idle channel");
+}
+
 #[tokio::test(start_paused = true)]
 async fn an_idle_channel_begins_a_new_epoch() {
     let memory = memory(Limits::default());
@@ -95,7 +132,7 @@ async fn channels_are_bounded_and_idle_ones_make_room() {
     let memory = memory(Limits { channels: 64, ..Limits::default() });
     let fill = async |from: usize| {
         let mut refused = 0;
-        for at in from..from + 1_000 {
+        for at in from..from + 2_000 {
             let new = publication(&format!("c{at}"), "");
             match memory.registry().publish(vec![new]).await.remove(0) {
                 Ok(_) => {}
@@ -105,9 +142,9 @@ async fn channels_are_bounded_and_idle_ones_make_room() {
         }
         refused
     };
-    assert_eq!(fill(0).await, 936, "every stripe took its one");
+    assert_eq!(fill(0).await, 1_936, "every stripe took its one");
     advance(Duration::from_secs(601)).await;
-    assert_eq!(fill(1_000).await, 936);
+    assert_eq!(fill(2_000).await, 1_936);
 }
 
 #[tokio::test]

@@ -247,3 +247,27 @@ async fn a_full_inbox_refuses_and_a_thousand_users_are_one_send() {
     })
     .await;
 }
+
+#[tokio::test]
+async fn strangers_who_say_nothing_keep_nobody_out() {
+    within(60, "a client among silent strangers", async {
+        // They may stay for longer than the test, so that only their being dropped lets others in.
+        let settings = Settings::default().set("edge.shards", 1).set("edge.upgrade_timeout_ms", 300_000);
+        let server = Standalone::start_with(settings).await;
+        let address = server.url().trim_start_matches("ws://").split('/').next().unwrap().to_owned();
+        let mut strangers = Vec::new();
+        for n in 0..1_500 {
+            let mut stranger = tokio::net::TcpStream::connect(&address).await.unwrap();
+            if n % 2 == 0 {
+                tokio::io::AsyncWriteExt::write_all(&mut stranger, b"GET").await.unwrap();
+            }
+            strangers.push(stranger);
+        }
+        let mut peer = Peer::connect(server.url(), "ann").await;
+        peer.subscribe("news").await;
+        peer.publish("news", "served").await;
+        assert_eq!(peer.event("message").await["payload"]["text"], "served");
+        assert!(metric(&server, "sanjay_edge_handshakes_dropped_total").await >= 400.0);
+    })
+    .await;
+}

@@ -1,6 +1,7 @@
 //! The edge's composition root: binds a listener for each shard, starts the shards and the tasks upstream.
 
 use std::{
+    collections::VecDeque,
     net::{SocketAddr, TcpListener as StdListener},
     rc::Rc,
     sync::{
@@ -21,8 +22,8 @@ use socket2::{Domain, Protocol, Socket, Type};
 use tokio::{
     net::{TcpListener, TcpStream},
     runtime::LocalOptions,
-    sync::{Semaphore, mpsc},
-    task::{JoinHandle, spawn_local},
+    sync::mpsc,
+    task::{AbortHandle, JoinHandle, spawn_local},
     time::{sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
@@ -46,7 +47,7 @@ use crate::{
 /// Requests that may wait for the control runtime before sockets are not read any more.
 const LANE: usize = 16_384;
 
-/// Handshakes that a shard has under way; more wait in the listener's backlog.
+/// Handshakes that a shard has under way; for more, the oldest is dropped.
 const HANDSHAKES: usize = 1_024;
 
 /// Connections that wait for a shard to accept them.
@@ -256,6 +257,26 @@ async fn run_shard(
     ticking.abort();
 }
 
+/// The handshakes that a shard has under way, the oldest first.
+#[derive(Default)]
+struct Handshakes(VecDeque<AbortHandle>);
+
+impl Handshakes {
+    /// Adds one; true when the oldest was dropped for it. A good client is done within moments, so whoever lasted
+    /// longest most likely says nothing.
+    fn add(&mut self, handshake: AbortHandle) -> bool {
+        if self.0.len() >= HANDSHAKES {
+            self.0.retain(|other| !other.is_finished());
+        }
+        let oldest = if self.0.len() >= HANDSHAKES { self.0.pop_front() } else { None };
+        if let Some(oldest) = &oldest {
+            oldest.abort();
+        }
+        self.0.push_back(handshake);
+        oldest.is_some()
+    }
+}
+
 async fn accept(shard: Rc<Shard<TcpStream>>, listener: StdListener) {
     let listener = match TcpListener::from_std(listener) {
         Ok(listener) => listener,
@@ -263,16 +284,14 @@ async fn accept(shard: Rc<Shard<TcpStream>>, listener: StdListener) {
             return tracing::error!(%error, "a shard cannot use its listener; it accepts nothing");
         }
     };
-    let handshakes = Arc::new(Semaphore::new(HANDSHAKES));
+    let mut handshakes = Handshakes::default();
     loop {
-        let Ok(permit) = Arc::clone(&handshakes).acquire_owned().await else { return };
         match listener.accept().await {
             Ok((stream, _)) => {
-                let shard = Rc::clone(&shard);
-                spawn_on_shard(async move {
-                    let _permit = permit;
-                    handshake(shard, stream).await;
-                });
+                let task = spawn_on_shard(handshake(Rc::clone(&shard), stream));
+                if handshakes.add(task.abort_handle()) {
+                    shard.common.metrics.handshakes_dropped.inc();
+                }
             }
             Err(error) => {
                 tracing::warn!(%error, "cannot accept a connection; if files ran out, raise the limit (ulimit -n)");

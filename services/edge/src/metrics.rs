@@ -29,6 +29,8 @@ pub struct Metrics {
     pub closed: Family<CloseLabel, Counter>,
     /// Handshakes that were refused, by HTTP status.
     pub refused: Family<RefusalLabel, Counter>,
+    /// Handshakes that were dropped unfinished because too many were under way.
+    pub handshakes_dropped: Counter,
     /// Channels with a local subscriber, summed over the shards.
     pub channels: Gauge,
     /// Commands that were taken.
@@ -66,6 +68,8 @@ impl Metrics {
         registry.register("edge_connections", "Upgraded connections", it.connections.clone());
         registry.register("edge_closed", "Connections that ended, by close code sent", it.closed.clone());
         registry.register("edge_refused", "Handshakes refused, by HTTP status", it.refused.clone());
+        let dropped = it.handshakes_dropped.clone();
+        registry.register("edge_handshakes_dropped", "Unfinished handshakes dropped for newer ones", dropped);
         registry.register(
             "edge_channels",
             "Channels with a subscriber, summed over the shards",

@@ -220,7 +220,7 @@ fn explain(error: Error, merged: &Figment) -> LoadError {
             return LoadError::UnknownKey { source_name: source_of(merged, &key), key, expected };
         }
         Kind::InvalidType(found, expected) | Kind::InvalidValue(found, expected) => {
-            format!("found {}, expected {}", describe(&found), in_plain_words(&expected))
+            format!("found {}, expected {}", describe(&found, &expected), in_plain_words(&expected))
         }
         Kind::UnknownVariant(found, expected) => {
             format!("found `{found}`, expected one of {}", expected.join(", "))
@@ -233,12 +233,14 @@ fn explain(error: Error, merged: &Figment) -> LoadError {
     LoadError::WrongValue { source_name: source_of(merged, &key), key, problem }
 }
 
-fn describe(found: &Actual) -> String {
+fn describe(found: &Actual, expected: &str) -> String {
     match found {
         Actual::Unsigned(number) => format!("the number {number}"),
         Actual::Signed(number) => format!("the number {number}"),
         Actual::Float(number) => format!("the number {number}"),
         Actual::Bool(value) => value.to_string(),
+        // A plain key may stand where the list of keys belongs, and must not reach a log.
+        Actual::Str(_) if expected == "a sequence" || expected.starts_with("struct ") => "text".to_owned(),
         Actual::Str(text) => format!("the text {text:?}"),
         Actual::Seq => "a list".to_owned(),
         Actual::Map => "a table".to_owned(),

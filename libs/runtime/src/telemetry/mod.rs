@@ -101,6 +101,15 @@ impl Default for TelemetryConfig {
 
 impl Validate for TelemetryConfig {
     fn validate(&self) -> Result<(), ConfigError> {
+        // The library takes a lone word that is no level for the name of a target, and would log nothing else.
+        let mut lone = self.log_level.split(',').map(str::trim).filter(|part| !part.contains(['=', '[']));
+        if let Some(word) = lone.find(|word| word.parse::<LevelFilter>().is_err()) {
+            return Err(ConfigError::new(
+                "telemetry.log_level",
+                format!("has `{word}`, which is no level"),
+                "set it to error, warn, info, debug or trace, or to directives such as `info,sanjay_edge=debug`",
+            ));
+        }
         if let Err(error) = self.log_level.parse::<EnvFilter>() {
             return Err(ConfigError::new(
                 "telemetry.log_level",

@@ -217,3 +217,17 @@ fn wrong_settings_are_named() {
         );
     }
 }
+
+#[test]
+fn a_level_that_does_not_exist_is_refused_by_name() {
+    let checked = |level: &str| {
+        TelemetryConfig { log_level: level.to_owned(), ..TelemetryConfig::default() }
+            .validate()
+            .map_err(|e| e.to_string())
+    };
+    assert_eq!(checked("info"), Ok(()));
+    assert_eq!(checked("off"), Ok(()));
+    assert_eq!(checked("info,sanjay_edge=debug"), Ok(()));
+    assert!(checked("loud").unwrap_err().contains("`loud`, which is no level"));
+    assert!(checked("warning,sanjay_edge=debug").unwrap_err().contains("`warning`"));
+}

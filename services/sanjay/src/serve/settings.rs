@@ -27,6 +27,17 @@ pub(crate) struct Settings {
     pub(crate) cluster: Cluster,
 }
 
+impl Settings {
+    /// Checks what is shared or signs.
+    ///
+    /// # Errors
+    /// When a secret is too short.
+    pub(crate) fn validate_secrets(&self) -> Result<(), ConfigError> {
+        self.cluster.validate()?;
+        self.edge.validate()
+    }
+}
+
 /// Section `admin`.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(default, deny_unknown_fields)]

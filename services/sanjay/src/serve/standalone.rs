@@ -78,6 +78,8 @@ impl StandaloneArgs {
             router: bind("the router", "--router-listen", &settings.router.listen).await?,
         };
         let mut ready = self.prepare(&mut settings, &secrets, &listeners)?;
+        // A secrets file that somebody wrote by hand meets the same bounds as a configuration.
+        settings.validate_secrets().context("the secrets of the data directory are not good enough")?;
 
         let roles = [Role::Edge, Role::Router, Role::Delivery];
         let mut process = Process::begin(&settings, settings.cluster.key.clone(), &roles)?;

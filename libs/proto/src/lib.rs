@@ -22,7 +22,7 @@ pub mod edge {
     }
 }
 
-/// `sanjay.router.v1`: what delivery nodes ask of routers.
+/// `sanjay.router.v1`: what delivery nodes ask of routers, and what routers say to each other over the bus.
 pub mod router {
     /// Version 1.
     pub mod v1 {
@@ -43,3 +43,6 @@ pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descrip
 
 /// Version of the edge ↔ router stream that this build speaks.
 pub const LINK_VERSION: u32 = 1;
+
+/// Version of the envelopes on the bus between routers that this build writes, and the only one that it reads.
+pub const BUS_VERSION: u32 = 1;

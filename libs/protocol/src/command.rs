@@ -96,6 +96,9 @@ pub struct Publish {
 pub struct Ack {
     /// Inclusive ranges of inbox seq, `[from, to]` each.
     pub ranges: Vec<(u64, u64)>,
+    /// W3C `traceparent` of the newest message in `ranges`, as the message had it; may be empty.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub trace: String,
 }
 
 /// `credit`.

@@ -136,9 +136,10 @@ proptest! {
     fn a_command_survives_the_wire(
         id in prop::option::of(0..1u64 << 53), channel in "[a-z:]{1,40}", payload in payloads(),
         ranges in prop::collection::vec((1..1000u64).prop_map(|from| (from, from + 3)), 1..8),
+        trace in "([0-9a-f-]{55})?",
     ) {
         let publish = Command::Publish(Publish { channel, payload, dedupe: String::new() });
-        for command in [publish, Command::Ack(Ack { ranges })] {
+        for command in [publish, Command::Ack(Ack { ranges, trace })] {
             let envelope = Envelope { id, command };
             let text = serde_json::to_string(&envelope).unwrap();
             prop_assert_eq!(decode_commands(&text).collect::<Vec<_>>(), vec![Ok(envelope)]);

@@ -5,6 +5,7 @@ pub mod admin;
 pub mod clock;
 pub mod config;
 pub mod context;
+pub mod failpoint;
 pub mod grpc;
 pub mod jwt;
 pub mod lifecycle;

@@ -96,6 +96,13 @@ impl Sanjay {
         self
     }
 
+    /// Called this in messages and log files.
+    #[must_use]
+    pub(crate) fn named(mut self, name: String) -> Self {
+        self.name = name;
+        self
+    }
+
     /// In another directory.
     #[must_use]
     pub fn directory(mut self, path: &Path) -> Self {

@@ -1,5 +1,6 @@
-//! Dev only: starts the real `sanjay` binary as one process or as three, talks to it below and above the client
-//! crates, and checks histories of what was accepted against what arrived.
+//! Dev only: starts the real `sanjay` binary as one process or as many, and the servers that it needs; talks to it
+//! below and above the client crates, puts faults in between, and checks histories of what was accepted against what
+//! arrived.
 
 mod binary;
 mod cluster;
@@ -7,15 +8,20 @@ mod history;
 mod peer;
 mod process;
 mod settings;
+mod spawn;
 mod standalone;
 mod tokens;
 mod users;
 mod wait;
 mod wire;
 
+pub mod collector;
+pub mod proxy;
+pub mod servers;
+
 pub use binary::{Finished, Sanjay, binary};
-pub use cluster::{Cluster, Role};
-pub use history::{History, Report};
+pub use cluster::{Cluster, ClusterBuilder, Node, Role};
+pub use history::{History, Publication, Publications, Report};
 pub use peer::{End, Peer};
 pub use process::{Addresses, Process};
 pub use settings::{API_KEY, OTHER_API_KEY, Settings, TOKEN_SECRET, free_port};

@@ -10,7 +10,7 @@ use std::{
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::wait::eventually;
+use crate::{spawn::spawn, wait::eventually};
 
 /// How long a server may take to accept work.
 const START: Duration = Duration::from_secs(30);
@@ -44,7 +44,8 @@ impl Process {
         let name = if name.is_empty() { "sanjay" } else { name };
         let (stdout, stderr) = (logs.join(format!("{name}.out")), logs.join(format!("{name}.err")));
         command.stdin(Stdio::null()).stdout(open(&stdout)).stderr(open(&stderr));
-        let child = command.spawn().unwrap_or_else(|error| panic!("{command:?} does not start: {error}"));
+        let shown = format!("{command:?}");
+        let child = spawn(command).unwrap_or_else(|error| panic!("{shown} does not start: {error}"));
         Self { name: name.to_owned(), child, stdout, stderr, status: None, _directory: None }
     }
 

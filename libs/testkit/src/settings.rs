@@ -48,6 +48,14 @@ impl Settings {
         self
     }
 
+    /// Sets `section.key` to a TOML value where it has none.
+    #[must_use]
+    pub(crate) fn set_default(mut self, key: &str, value: impl ToString) -> Self {
+        let (section, key) = key.split_once('.').expect("a key has a section");
+        self.0.entry(section.to_owned()).or_default().entry(key.to_owned()).or_insert(value.to_string());
+        self
+    }
+
     /// Leaves `section.key` out.
     #[must_use]
     pub fn without(mut self, key: &str) -> Self {

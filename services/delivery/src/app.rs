@@ -7,7 +7,7 @@ use prometheus_client::registry::Registry;
 use sanjay_proto::{delivery::v1::delivery_server::DeliveryServer, edge::v1::inbox_server::InboxServer};
 use sanjay_runtime::{
     Context, MilestoneRing, Validate,
-    grpc::{MAX_MESSAGE, ServeOptions, cluster_auth, connect_lazy, serve_with},
+    grpc::{MAX_MESSAGE, PeerMetrics, PeerPool, PoolOptions, ServeOptions, cluster_auth, serve_with},
 };
 use tokio::net::TcpListener;
 use tonic::service::{Routes, interceptor::InterceptedService};
@@ -30,8 +30,11 @@ use crate::{
 /// How many milestones are remembered.
 const MILESTONES: usize = 65_536;
 
-/// How long connecting to the router may take.
+/// How long connecting to a router may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Full name of the service whose health decides whether a router is called.
+const ROUTER_SERVICE: &str = "sanjay.router.v1.Router";
 
 /// Full names of the gRPC services, for health.
 const SERVICES: &[&str] = &["sanjay.delivery.v1.Delivery", "sanjay.edge.v1.Inbox"];
@@ -60,10 +63,8 @@ pub async fn start(
         metrics: metrics.clone(),
     };
     let store =
-        store::open(&config.store.parse()?, options).await.context("the inbox store cannot be opened")?;
-    let channel =
-        connect_lazy(&config.router, &context.cluster_key, CONNECT_TIMEOUT).context("`delivery.router`")?;
-    let router = Router::new(config.router.clone(), channel);
+        store::open(&config.location()?, options).await.context("the inbox store cannot be opened")?;
+    let router = routers(&config, &context, &PeerMetrics::register(registry, "delivery"))?;
     let recipients = Arc::new(Recipients::default());
 
     // These two end by themselves when what feeds them is gone: the store, and the services.
@@ -75,12 +76,12 @@ pub async fn start(
         store: store.clone(),
         router: router.clone(),
         ring: ring.clone(),
-        clock: context.clock.clone(),
+        clock: store.clock(),
         random: context.random.clone(),
         metrics: metrics.clone(),
     };
     spawn(&context, "delivery redelivery", redelivery.run(context.lifecycle.soft()));
-    let sweep = Sweep { store: store.clone(), clock: context.clock.clone() };
+    let sweep = Sweep { store: store.clone(), clock: store.clock() };
     spawn(&context, "delivery sweep", sweep.run(context.lifecycle.soft()));
 
     let inbox = Inbox {
@@ -103,6 +104,21 @@ pub async fn start(
     serve(&config, listener, &context, backend, edge).await?;
     ready.set(true);
     Ok(())
+}
+
+/// The routers that the configuration names.
+fn routers(config: &Config, context: &Context, metrics: &PeerMetrics) -> anyhow::Result<Router> {
+    let options = PoolOptions {
+        peer: "router",
+        setting: "delivery.router",
+        endpoints: &config.router,
+        service: ROUTER_SERVICE,
+        lanes: 1,
+        connect_timeout: CONNECT_TIMEOUT,
+        ready: None,
+        metrics,
+    };
+    Ok(Router::new(PeerPool::start(options, context)?))
 }
 
 /// Runs a task without which the node makes no sense.

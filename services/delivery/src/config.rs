@@ -2,24 +2,34 @@
 
 use std::{collections::BTreeSet, time::Duration};
 
-use sanjay_runtime::config::{ConfigError, Validate};
-use serde::{Deserialize, Serialize};
+use sanjay_runtime::{
+    Secret,
+    config::{ConfigError, Validate},
+    grpc::Endpoints,
+};
+use serde::Deserialize;
 
 use crate::{
     auth::{ApiKey, parse_hash},
-    store::Location,
+    store::{Location, LocationError},
 };
 
 /// Settings of a delivery node.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
     /// Where the gRPC server listens, for back ends and for edges.
     pub listen: String,
-    /// URL of the router.
-    pub router: String,
-    /// Where inboxes live: `redb:PATH`.
+    /// The routers, `http://host:port`: one, or several as a list or with commas. A host name is resolved again
+    /// and again, and each of its addresses is a router.
+    pub router: Endpoints,
+    /// Where inboxes live: `redb:PATH`, a file of this node alone, or
+    /// `mongodb://HOST:PORT[,HOST:PORT…]/DATABASE[?options]`, which nodes share.
     pub store: String,
+    /// User name for MongoDB; empty to connect without credentials.
+    pub mongodb_username: String,
+    /// The password of that user.
+    pub mongodb_password: Secret,
     /// Who may call the back ends' API.
     pub api_keys: Vec<ApiKey>,
     /// Whether gRPC reflection is served; it needs no key.
@@ -34,8 +44,10 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             listen: "127.0.0.1:8082".to_owned(),
-            router: "http://127.0.0.1:8083".to_owned(),
+            router: "http://127.0.0.1:8083".into(),
             store: "redb:inbox.redb".to_owned(),
+            mongodb_username: String::new(),
+            mongodb_password: Secret::default(),
             api_keys: Vec::new(),
             reflection: true,
             max_unsettled: 100_000,
@@ -50,6 +62,42 @@ impl Config {
     pub fn call_timeout(&self) -> Duration {
         Duration::from_millis(self.call_timeout_ms)
     }
+
+    /// Where inboxes live, with what it takes to log in there.
+    ///
+    /// # Errors
+    /// When `store` has no known form.
+    pub fn location(&self) -> Result<Location, LocationError> {
+        let location: Location = self.store.parse()?;
+        Ok(location.with_credentials(&self.mongodb_username, &self.mongodb_password))
+    }
+
+    /// Checks where inboxes live, and that the credentials fit that.
+    fn validate_store(&self) -> Result<(), ConfigError> {
+        let (name, password) = (!self.mongodb_username.is_empty(), !self.mongodb_password.is_empty());
+        let (key, problem, fix) = match self.location() {
+            Err(problem) => {
+                let fix =
+                    "set it to redb:PATH, or to mongodb://HOST:PORT/DATABASE for inboxes that nodes share";
+                ("store", format!("is wrong: {problem}"), fix)
+            }
+            Ok(Location::Redb(_)) if name || password => {
+                let key = if name { "mongodb_username" } else { "mongodb_password" };
+                let fix = "remove it, or set delivery.store to mongodb://HOST:PORT/DATABASE";
+                (key, "is set, and delivery.store is a file".to_owned(), fix)
+            }
+            Ok(Location::Mongodb(_)) if name != password => {
+                let (missing, other) = if name {
+                    ("mongodb_password", "delivery.mongodb_username")
+                } else {
+                    ("mongodb_username", "delivery.mongodb_password")
+                };
+                (missing, format!("is not set, and {other} is"), "set both or neither")
+            }
+            Ok(_) => return Ok(()),
+        };
+        Err(ConfigError::new(format!("delivery.{key}"), problem, fix))
+    }
 }
 
 impl Validate for Config {
@@ -57,17 +105,8 @@ impl Validate for Config {
         let error = |key: &str, problem: String, fix: &str| {
             Err(ConfigError::new(format!("delivery.{key}"), problem, fix))
         };
-        if let Err(problem) = self.store.parse::<Location>() {
-            return error("store", format!("is wrong: {problem}"), "set it to redb:PATH");
-        }
-        if !self.router.starts_with("http://") {
-            let problem = format!("is {:?}, which is not the URL of a router", self.router);
-            return error(
-                "router",
-                problem,
-                "set it to the router's gRPC address, such as http://127.0.0.1:8083",
-            );
-        }
+        self.validate_store()?;
+        self.router.validate("delivery.router")?;
         if !(1..=10_000_000).contains(&self.max_unsettled) {
             let problem = format!("is {}, out of bounds", self.max_unsettled);
             return error("max_unsettled", problem, "set it between 1 and 10000000");
@@ -113,8 +152,23 @@ mod tests {
         let key = |name: &str, sha256: &str| ApiKey { name: name.into(), sha256: sha256.into() };
         let good = crate::hash_api_key("k");
         type Change = Box<dyn Fn(&mut Config)>;
-        let cases: [(&str, Change); 7] = [
+        let cases: [(&str, Change); 12] = [
             ("delivery.store", Box::new(|c| c.store = "mongo".into())),
+            ("delivery.store", Box::new(|c| c.store = "mongodb://a:1".into())),
+            ("delivery.store", Box::new(|c| c.store = "mongodb://bob:hunter2@a:1/db".into())),
+            ("delivery.mongodb_username", Box::new(|c| c.mongodb_username = "bob".into())),
+            (
+                "delivery.mongodb_password",
+                Box::new(|c| {
+                    (c.store, c.mongodb_username) = ("mongodb://a:1/db".into(), "bob".into());
+                }),
+            ),
+            (
+                "delivery.mongodb_username",
+                Box::new(|c| {
+                    (c.store, c.mongodb_password) = ("mongodb://a:1/db".into(), "hunter2".into());
+                }),
+            ),
             ("delivery.router", Box::new(|c| c.router = "localhost:8083".into())),
             ("delivery.max_unsettled", Box::new(|c| c.max_unsettled = 0)),
             ("delivery.call_timeout_ms", Box::new(|c| c.call_timeout_ms = 1)),

@@ -7,17 +7,20 @@ use sanjay_proto::{client::v1::Payload, edge::v1::Milestone};
 use sanjay_protocol::ErrorCode;
 use sanjay_runtime::{
     clock::SharedClock,
+    failpoint,
     milestones::MilestoneRing,
     random::{SharedRandom, uuid_v7},
-    trace::{set_parent, traceparent},
+    trace::carry,
 };
-use tracing::Instrument;
+use tokio::time::Instant;
+use tracing::{Instrument, Span};
 use uuid::Uuid;
 
 use crate::{
     metrics::Metrics,
     path::{Recipients, SERVICE, recipient},
     relay::{Hint, RelayQueue},
+    spans::{self, AckTrace},
     store::{
         Acked, AppendError, Appended, CommitSink, InboxQuery, InboxStore, NewMessage, Page, Receipt, Settle,
         StoreError,
@@ -68,6 +71,7 @@ pub(crate) struct Committed {
 
 impl CommitSink for Committed {
     fn committed(&self, message: &NewMessage, appended: &Appended) {
+        failpoint::hit("delivery.before_relay");
         let message_id = appended.message_id.as_bytes();
         self.ring.absorb(vec![Milestone {
             message_id: message_id.to_vec().into(),
@@ -103,28 +107,31 @@ pub(crate) struct Inbox {
 impl Inbox {
     /// Puts a message into each user's inbox. Submits when it is called: sends of one task keep their order.
     pub(crate) fn send(&self, send: Send) -> BoxFuture<'static, Vec<SendResult>> {
-        let span = tracing::info_span!(
-            "send",
-            otel.kind = "producer",
-            users = send.users.len(),
-            refused = tracing::field::Empty
-        );
-        set_parent(&span, &send.parent);
-        let trace = traceparent(&span);
+        let ids: Vec<Uuid> = send.users.iter().map(|_| uuid_v7(&*self.clock, &*self.random)).collect();
+        let span = spans::send(&send.parent, &ids);
+        let mut trace = send.parent;
+        carry(&span, &mut trace);
+        let size = prost::Message::encoded_len(&send.payload);
         let payload = Arc::new(send.payload);
-        let messages: Vec<NewMessage> = send
+        let (messages, processing): (Vec<NewMessage>, Vec<Span>) = send
             .users
             .into_iter()
-            .map(|user| NewMessage {
-                user,
-                caller: send.caller.to_string(),
-                message_id: uuid_v7(&*self.clock, &*self.random),
-                payload: payload.clone(),
-                dedupe_key: send.dedupe_key.clone(),
-                time_us: self.clock.now_us(),
-                trace: trace.clone(),
+            .zip(ids)
+            .map(|(user, message_id)| {
+                let mut trace = trace.clone();
+                let processing = spans::process(&mut trace, message_id, size);
+                let message = NewMessage {
+                    user,
+                    caller: send.caller.to_string(),
+                    message_id,
+                    payload: payload.clone(),
+                    dedupe_key: send.dedupe_key.clone(),
+                    time_us: self.clock.now_us(),
+                    trace,
+                };
+                (message, processing)
             })
-            .collect();
+            .unzip();
         let users: Vec<String> = messages.iter().map(|message| message.user.clone()).collect();
         let appending = span.in_scope(|| self.store.append(messages));
         let this = self.clone();
@@ -133,13 +140,16 @@ impl Inbox {
             let results: Vec<SendResult> = users
                 .into_iter()
                 .zip(results)
-                .map(|(user, result)| {
+                .zip(processing)
+                .map(|((user, result), processing)| {
                     this.appended(&user, &result);
+                    if let Err(error) = &result {
+                        spans::refused(&processing, error.code().as_str());
+                    }
                     (user, result)
                 })
                 .collect();
             let refused = results.iter().filter(|(_, result)| result.is_err()).count();
-            tracing::Span::current().record("refused", refused);
             tracing::debug!(users = results.len(), refused, "a send is answered");
             results
         }
@@ -184,25 +194,25 @@ impl Inbox {
         pages
     }
 
-    /// Settles messages and notes what was written, in the order of the entries.
+    /// Settles messages and notes what was written, in the order of the entries; `traces` has what came back with
+    /// each of them.
     pub(crate) async fn ack(
         &self,
         settles: Vec<Settle>,
+        traces: Vec<AckTrace>,
         reported: Vec<Milestone>,
     ) -> Vec<Result<Acked, StoreError>> {
         self.ring.absorb(reported);
         let users: Vec<Arc<str>> = settles.iter().map(|settle| Arc::from(settle.user.as_str())).collect();
+        let began = Instant::now();
         let results = self.store.ack(settles).await;
-        for (user, result) in users.iter().zip(&results) {
+        for ((user, trace), result) in users.iter().zip(&traces).zip(&results) {
             let Ok(acked) = result else { continue };
             self.metrics.acked(acked.messages.len());
+            spans::settled(&acked.messages, trace, began.elapsed());
             for message in &acked.messages {
                 let message_id = message.message_id;
-                let span = tracing::info_span!("ack", otel.kind = "consumer", %message_id, seq = message.seq);
-                set_parent(&span, &message.trace);
-                span.in_scope(|| {
-                    self.ring.record(message_id.as_bytes(), "acked", recipient(user, message.seq))
-                });
+                self.ring.record(message_id.as_bytes(), "acked", recipient(user, message.seq));
                 self.recipients.learn(message_id, user);
             }
         }

@@ -14,6 +14,7 @@ mod redeliver;
 mod relay;
 mod retry;
 mod router;
+mod spans;
 pub mod store;
 mod sweep;
 

@@ -26,6 +26,41 @@ struct OutcomeLabel {
     outcome: &'static str,
 }
 
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OperationLabel {
+    operation: &'static str,
+}
+
+/// A kind of call to a shared store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum StoreOperation {
+    /// A group of appends and acks.
+    Write,
+    /// What must be known of inboxes before they are written to.
+    ReadState,
+    /// Pages and receipts.
+    Read,
+    /// Redelivery.
+    Claim,
+    /// Moving bodies, receipts and dedupe keys out of inboxes.
+    Tidy,
+    /// Counting.
+    Stats,
+}
+
+impl StoreOperation {
+    const fn as_str(self) -> &'static str {
+        match self {
+            StoreOperation::Write => "write",
+            StoreOperation::ReadState => "read_state",
+            StoreOperation::Read => "read",
+            StoreOperation::Claim => "claim",
+            StoreOperation::Tidy => "tidy",
+            StoreOperation::Stats => "stats",
+        }
+    }
+}
+
 /// The metrics of one delivery node.
 #[derive(Clone, Debug)]
 pub struct Metrics {
@@ -42,6 +77,11 @@ pub struct Metrics {
     armed: Gauge,
     unsettled: Gauge,
     store_errors: Counter,
+    store_calls: Family<OperationLabel, Histogram>,
+    store_failures: Family<OperationLabel, Counter>,
+    store_unknown: Counter,
+    store_conflicts: Counter,
+    store_connections: Gauge,
 }
 
 impl Metrics {
@@ -61,9 +101,17 @@ impl Metrics {
             armed: Gauge::default(),
             unsettled: Gauge::default(),
             store_errors: Counter::default(),
+            store_calls: Family::new_with_constructor(|| {
+                Histogram::new(exponential_buckets(0.000_1, 2.0, 16))
+            }),
+            store_failures: Family::default(),
+            store_unknown: Counter::default(),
+            store_conflicts: Counter::default(),
+            store_connections: Gauge::default(),
         };
         metrics.register_calls(registry);
         metrics.register_store(registry);
+        metrics.register_shared_store(registry);
         metrics
     }
 
@@ -91,9 +139,22 @@ impl Metrics {
         registry.register("delivery_unsettled_messages", "Messages not settled", self.unsettled.clone());
         registry.register(
             "delivery_store_errors",
-            "Failed transactions of the inbox store",
+            "Failed transactions of the inbox store, and work that was given up",
             self.store_errors.clone(),
         );
+    }
+
+    fn register_shared_store(&self, registry: &mut Registry) {
+        let help = "Time of one call to the shared store";
+        registry.register_with_unit("delivery_store_call", help, Unit::Seconds, self.store_calls.clone());
+        let help = "Calls to the shared store that failed or had no answer";
+        registry.register("delivery_store_call_failures", help, self.store_failures.clone());
+        let help = "Writes to an inbox whose outcome had to be looked up";
+        registry.register("delivery_store_unknown_outcomes", help, self.store_unknown.clone());
+        let help = "Writes to an inbox that another node had changed meanwhile";
+        registry.register("delivery_store_conflicts", help, self.store_conflicts.clone());
+        let help = "Connections to the shared store that are in use";
+        registry.register("delivery_store_connections", help, self.store_connections.clone());
     }
 
     /// One user's result of a send; `code` is an error code or `ok`.
@@ -149,9 +210,41 @@ impl Metrics {
         self.unsettled.set(i64::try_from(stats.unsettled).unwrap_or(i64::MAX));
     }
 
-    /// A transaction failed.
+    /// A transaction failed, or work for a shared store was given up.
     pub(crate) fn store_error(&self) {
         self.store_errors.inc();
+    }
+
+    /// A call to a shared store was answered or failed.
+    pub(crate) fn store_call(&self, operation: StoreOperation, took: Duration, ok: bool) {
+        let label = OperationLabel { operation: operation.as_str() };
+        self.store_calls.get_or_create(&label).observe(took.as_secs_f64());
+        if !ok {
+            self.store_failures.get_or_create(&label).inc();
+        }
+    }
+
+    /// What became of a write to an inbox must be looked up.
+    pub(crate) fn store_unknown(&self) {
+        self.store_unknown.inc();
+    }
+
+    /// A write to an inbox met a change by another node.
+    pub(crate) fn store_conflict(&self) {
+        self.store_conflicts.inc();
+    }
+
+    /// A connection to the shared store was taken (1) or given back (-1).
+    pub(crate) fn store_connection(&self, change: i64) {
+        self.store_connections.inc_by(change);
+    }
+}
+
+#[cfg(test)]
+impl Metrics {
+    /// How many outcomes were unknown, and how many writes met another node's.
+    pub(crate) fn store_troubles(&self) -> (u64, u64) {
+        (self.store_unknown.get(), self.store_conflicts.get())
     }
 }
 

@@ -72,12 +72,10 @@ impl Paths {
     /// Asks everybody. What happened before a restart of this node comes from the store.
     pub(crate) async fn of(&self, message_id: Uuid) -> Path {
         let mut path = Path { milestones: self.ring.of(message_id.as_bytes()), missing: Vec::new() };
-        match self.router.trace(message_id.as_bytes()).await {
-            Ok(more) => path.milestones.extend(more),
-            Err(error) => {
-                tracing::debug!(%error, "the router was not asked for a trace");
-                path.missing.push("router".to_owned());
-            }
+        let (more, complete) = self.router.trace(message_id.as_bytes()).await;
+        path.milestones.extend(more);
+        if !complete {
+            path.missing.push("router".to_owned());
         }
         if let Some(user) = self.recipients.of(message_id) {
             match self.store.lookup(user.to_string(), message_id).await {

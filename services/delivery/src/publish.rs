@@ -16,11 +16,15 @@ use sanjay_runtime::{
     mailbox::{Receiver, Sender, mailbox},
     milestones::MilestoneRing,
     random::{SharedRandom, uuid_v7},
+    trace::carry,
 };
 use tokio::sync::oneshot;
 use uuid::Uuid;
 
-use crate::router::{self, Router, RouterError};
+use crate::{
+    router::{self, Router, RouterError},
+    spans,
+};
 
 /// Most publishes that wait for the router.
 const MAX_QUEUED: usize = 16_384;
@@ -53,9 +57,12 @@ pub(crate) enum PublishError {
     /// Too many wait already; nothing was published.
     #[error("too many publishes wait for the router; nothing was published, try again in a moment")]
     Busy,
+    /// No router could be reached; nothing was published.
+    #[error("{0}; nothing was published, try again in a moment")]
+    NotSent(RouterError),
     /// It is unknown whether it was published.
     #[error("{0}; whether the message was published is unknown: publish it again with the same dedupe_key")]
-    Router(#[from] RouterError),
+    Router(RouterError),
     /// This node is ending.
     #[error("this node is shutting down; publish through another one")]
     Closing,
@@ -67,6 +74,28 @@ pub(crate) enum PublishError {
         /// Why, for a person.
         message: String,
     },
+}
+
+impl PublishError {
+    /// The code of the protocol for it.
+    pub(crate) fn code(&self) -> ErrorCode {
+        match self {
+            PublishError::Busy => ErrorCode::RateLimited,
+            PublishError::NotSent(_) | PublishError::Router(_) | PublishError::Closing => {
+                ErrorCode::Unavailable
+            }
+            PublishError::Refused { code, .. } => *code,
+        }
+    }
+}
+
+impl From<RouterError> for PublishError {
+    fn from(error: RouterError) -> Self {
+        match &error {
+            RouterError::Call(call) if call.is_not_sent() => PublishError::NotSent(error),
+            _ => PublishError::Router(error),
+        }
+    }
 }
 
 struct Pending {
@@ -97,8 +126,9 @@ impl Publisher {
     /// Queues a publish when it is called; publishes that one task queues keep their order.
     pub(crate) fn publish(&self, publish: Publish) -> BoxFuture<'static, Result<Published, PublishError>> {
         let message_id = uuid_v7(&*self.clock, &*self.random);
-        let span = tracing::info_span!("publish", otel.kind = "producer", %message_id);
-        sanjay_runtime::trace::set_parent(&span, &publish.parent);
+        let span = spans::publish(&publish.parent, message_id, &publish.channel);
+        let mut trace = publish.parent;
+        carry(&span, &mut trace);
         self.ring.record(message_id.as_bytes(), "accepted", format!("channel {}", publish.channel));
         let size = prost::Message::encoded_len(&publish.payload);
         let publication = NewPublication {
@@ -107,17 +137,21 @@ impl Publisher {
             publisher: String::new(),
             dedupe_key: publish.dedupe_key,
             message_id: message_id.as_bytes().to_vec().into(),
-            trace: sanjay_runtime::trace::traceparent(&span),
+            trace,
         };
         let (answer, answered) = oneshot::channel();
         let queued = self.bytes.fetch_add(size, Ordering::Relaxed);
         let fits = queued + size <= MAX_QUEUED_BYTES;
         if !fits || self.pending.try_send(Pending { publication, message_id, size, answer }).is_err() {
             self.bytes.fetch_sub(size, Ordering::Relaxed);
+            spans::refused(&span, PublishError::Busy.code().as_str());
             return async { Err(PublishError::Busy) }.boxed();
         }
         async move {
             let result = answered.await.unwrap_or(Err(PublishError::Closing));
+            if let Err(error) = &result {
+                spans::refused(&span, error.code().as_str());
+            }
             span.in_scope(|| tracing::debug!(accepted = result.is_ok(), "a publish is answered"));
             result
         }
@@ -147,23 +181,20 @@ impl Lane {
                     .into_iter()
                     .map(|pending| (pending.publication, (pending.message_id, pending.answer)))
                     .unzip();
-                match router.publish(publications).await {
-                    Ok(results) => {
-                        if std::mem::replace(&mut away, false) {
-                            tracing::info!("publishes succeed again");
-                        }
-                        for ((own, answer), result) in answers.into_iter().zip(results) {
-                            drop(answer.send(published(result, own)));
-                        }
+                let results = router.publish(publications).await;
+                match results.iter().find_map(|result| result.as_ref().err()) {
+                    Some(error) if !std::mem::replace(&mut away, true) => {
+                        tracing::warn!(%error, "publishes fail");
                     }
-                    Err(error) => {
-                        if !std::mem::replace(&mut away, true) {
-                            tracing::warn!(%error, "publishes fail");
-                        }
-                        for (_, answer) in answers {
-                            drop(answer.send(Err(error.clone().into())));
-                        }
-                    }
+                    None if std::mem::replace(&mut away, false) => tracing::info!("publishes succeed again"),
+                    Some(_) | None => {}
+                }
+                for ((own, answer), result) in answers.into_iter().zip(results) {
+                    drop(
+                        answer.send(
+                            result.map_err(PublishError::from).and_then(|result| published(result, own)),
+                        ),
+                    );
                 }
             }
         }

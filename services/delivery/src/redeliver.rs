@@ -194,10 +194,12 @@ impl Attempt {
 
     fn hints(&mut self) -> impl Iterator<Item = InboxHint> + use<> {
         let (user, inbox_epoch) = (self.inbox.user.clone(), self.inbox.epoch);
+        let attempt = self.inbox.attempt.saturating_add(1);
         std::mem::take(&mut self.page.messages).into_iter().map(move |message| InboxHint {
             user: user.clone(),
             message: Some(message),
             inbox_epoch,
+            attempt,
         })
     }
 

@@ -92,7 +92,7 @@ impl From<Hint> for InboxHint {
             delivery: 1,
             trace: hint.trace,
         };
-        InboxHint { user: hint.user, message: Some(message), inbox_epoch: hint.epoch }
+        InboxHint { user: hint.user, message: Some(message), inbox_epoch: hint.epoch, attempt: 0 }
     }
 }
 

@@ -1,4 +1,4 @@
-//! The client of the router.
+//! The client of the routers.
 
 use std::time::Duration;
 
@@ -9,9 +9,9 @@ use sanjay_proto::{
         router_client::RouterClient,
     },
 };
-use sanjay_runtime::grpc::{MAX_MESSAGE, PeerChannel};
+use sanjay_runtime::grpc::{Call, MAX_MESSAGE, PeerError, PeerPool};
 
-/// How long the router may take to answer one call.
+/// How long the routers may take to answer one call.
 const TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Most publications or hints of one call.
@@ -20,75 +20,110 @@ pub(crate) const MAX_ITEMS: usize = 1_000;
 /// Most bytes of payload of one call; names and ids need the rest of [`MAX_MESSAGE`], about 1 KiB an item.
 pub(crate) const MAX_BYTES: usize = MAX_MESSAGE - 1024 * 1024;
 
-/// The router did not answer as it should. What it did with the call is unknown.
+/// No router answered as it should.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("the router at {endpoint} does not answer: {problem}")]
-pub(crate) struct RouterError {
-    endpoint: String,
-    problem: String,
+pub(crate) enum RouterError {
+    /// The call failed.
+    #[error(transparent)]
+    Call(#[from] PeerError),
+    /// What the router did with the call is unknown.
+    #[error("a router gave {answered} answers to {asked} questions; run builds that fit each other")]
+    Count {
+        /// How many were asked.
+        asked: usize,
+        /// How many were answered.
+        answered: usize,
+    },
 }
 
-/// The router, over one connection.
+/// The routers, over one connection to each.
 #[derive(Clone)]
-pub(crate) struct Router {
-    endpoint: String,
-    client: RouterClient<PeerChannel>,
-}
+pub(crate) struct Router(PeerPool);
 
 impl Router {
-    pub(crate) fn new(endpoint: String, channel: PeerChannel) -> Self {
-        Self { endpoint, client: RouterClient::new(channel) }
+    pub(crate) fn new(pool: PeerPool) -> Self {
+        Self(pool)
     }
 
-    /// Publishes in order; the answers are in the same order.
+    /// Publishes in order, all on one router; the answers are in the same order. When the outcome is unknown,
+    /// what has a dedupe key is published again through another router: the key makes that harmless.
     pub(crate) async fn publish(
         &self,
         publications: Vec<NewPublication>,
+    ) -> Vec<Result<PublishResult, RouterError>> {
+        let count = publications.len();
+        let others = self.0.peers().len() > 1;
+        let keyed: Vec<usize> = (0..count).filter(|&at| !publications[at].dedupe_key.is_empty()).collect();
+        if keyed.len() == count {
+            return spread(self.publish_on(Call::idempotent(TIMEOUT), publications).await, count);
+        }
+        if keyed.is_empty() || !others {
+            return spread(self.publish_on(Call::once(TIMEOUT), publications).await, count);
+        }
+        let again: Vec<_> = keyed.iter().map(|&at| publications[at].clone()).collect();
+        let first = self.publish_on(Call::once(TIMEOUT / 2), publications).await;
+        let unknown = matches!(first, Err(RouterError::Call(PeerError::Unknown { .. })));
+        let mut results = spread(first, count);
+        if unknown {
+            let answers = self.publish_on(Call::idempotent(TIMEOUT / 2), again).await;
+            for (&at, answer) in keyed.iter().zip(spread(answers, keyed.len())) {
+                results[at] = answer;
+            }
+        }
+        results
+    }
+
+    async fn publish_on(
+        &self,
+        call: Call,
+        publications: Vec<NewPublication>,
     ) -> Result<Vec<PublishResult>, RouterError> {
         let count = publications.len();
-        let mut client = self.client.clone();
-        let results = self.call(client.publish(PublishRequest { publications })).await?.results;
-        self.check_count(count, results.len())?;
+        let request = PublishRequest { publications };
+        let publish = async |channel, request| RouterClient::new(channel).publish(request).await;
+        let results = self.0.call(call, request, publish).await?.results;
+        check_count(count, results.len())?;
         Ok(results)
     }
 
-    /// Relays hints; the answers, numbers of `RelayOutcome`, are in the same order.
+    /// Relays hints; the answers, numbers of `RelayOutcome`, are in the same order. A hint that is relayed twice
+    /// does no harm.
     pub(crate) async fn relay(&self, hints: Vec<InboxHint>) -> Result<Vec<i32>, RouterError> {
         let count = hints.len();
-        let mut client = self.client.clone();
-        let outcomes = self.call(client.relay(RelayRequest { hints })).await?.outcomes;
-        self.check_count(count, outcomes.len())?;
+        let relay = async |channel, request| RouterClient::new(channel).relay(request).await;
+        let request = RelayRequest { hints };
+        let outcomes = self.0.call(Call::idempotent(TIMEOUT), request, relay).await?.outcomes;
+        check_count(count, outcomes.len())?;
         Ok(outcomes)
     }
 
-    /// What the router knows of a message.
-    pub(crate) async fn trace(&self, message_id: &[u8]) -> Result<Vec<Milestone>, RouterError> {
-        let mut client = self.client.clone();
+    /// What the routers know of a message, each of a part of its way; and whether all could be asked.
+    pub(crate) async fn trace(&self, message_id: &[u8]) -> (Vec<Milestone>, bool) {
         let request = TraceRequest { message_id: message_id.to_vec().into() };
-        Ok(self.call(client.trace(request)).await?.milestones)
-    }
-
-    async fn call<T>(
-        &self,
-        call: impl Future<Output = Result<tonic::Response<T>, tonic::Status>>,
-    ) -> Result<T, RouterError> {
-        match tokio::time::timeout(TIMEOUT, call).await {
-            Ok(Ok(response)) => Ok(response.into_inner()),
-            Ok(Err(status)) => Err(self.error(status.message().to_owned())),
-            Err(_) => Err(self.error(format!("no answer within {TIMEOUT:?}"))),
+        let trace = async |channel, request| RouterClient::new(channel).trace(request).await;
+        let answers = self.0.call_all(TIMEOUT, request, trace).await;
+        let complete = !answers.is_empty() && answers.iter().all(Result::is_ok);
+        let mut milestones = Vec::new();
+        for answer in answers {
+            match answer {
+                Ok(answer) => milestones.extend(answer.milestones),
+                Err(error) => tracing::debug!(%error, "a router was not asked for a trace"),
+            }
         }
+        (milestones, complete)
     }
+}
 
-    fn check_count(&self, asked: usize, answered: usize) -> Result<(), RouterError> {
-        if asked == answered {
-            return Ok(());
-        }
-        Err(self.error(format!("it gave {answered} answers to {asked} questions")))
+/// The result of a whole call as that of each part.
+fn spread<T>(result: Result<Vec<T>, RouterError>, count: usize) -> Vec<Result<T, RouterError>> {
+    match result {
+        Ok(results) => results.into_iter().map(Ok).collect(),
+        Err(error) => vec![error; count].into_iter().map(Err).collect(),
     }
+}
 
-    fn error(&self, problem: String) -> RouterError {
-        RouterError { endpoint: self.endpoint.clone(), problem }
-    }
+fn check_count(asked: usize, answered: usize) -> Result<(), RouterError> {
+    if asked == answered { Ok(()) } else { Err(RouterError::Count { asked, answered }) }
 }
 
 /// Splits what is to be sent into calls within the router's bounds, keeping the order.
@@ -125,3 +160,7 @@ mod tests {
         assert!(split(Vec::<usize>::new(), |size| *size).is_empty());
     }
 }
+
+#[cfg(test)]
+#[path = "router_tests.rs"]
+mod calls;

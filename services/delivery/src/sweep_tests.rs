@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use futures::{FutureExt, future::BoxFuture};
-use sanjay_runtime::clock::ManualClock;
+use sanjay_runtime::clock::{ManualClock, SharedClock};
 use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
@@ -61,6 +61,10 @@ impl InboxStore for Expired {
 
     fn stats(&self) -> BoxFuture<'static, Result<Stats, StoreError>> {
         unreachable!("the sweep measures nothing")
+    }
+
+    fn clock(&self) -> SharedClock {
+        unreachable!("the sweep brings its own")
     }
 }
 

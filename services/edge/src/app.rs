@@ -14,7 +14,8 @@ use std::{
 use anyhow::Context as _;
 use prometheus_client::registry::Registry;
 use sanjay_runtime::{
-    Context, grpc,
+    Context,
+    grpc::{PeerMetrics, PeerPool, PoolOptions},
     mailbox::{self, mailbox},
 };
 use sanjay_websocket::serve_upgrade;
@@ -56,6 +57,10 @@ const BACKLOG: i32 = 8_192;
 /// How long a router or delivery node has to accept a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// Full names of the services whose health decides whether a router or delivery node is used.
+const ROUTER_SERVICE: &str = "sanjay.edge.v1.RouterLink";
+const DELIVERY_SERVICE: &str = "sanjay.edge.v1.Inbox";
+
 /// How long connections have to say goodbye at shutdown.
 const DRAIN: Duration = Duration::from_secs(3);
 
@@ -93,7 +98,8 @@ pub async fn start(
         let upstream = (link_sender.clone(), read_sender.clone(), ack_sender.clone());
         start_shard(number, Arc::clone(&common), upstream, listener, events, &context)?;
     }
-    start_upstream(&common, &context, replies, (link_requests, read_requests, ack_requests))
+    let peers = PeerMetrics::register(registry, "edge");
+    start_upstream(&common, &context, &peers, replies, (link_requests, read_requests, ack_requests))
 }
 
 type Senders = (
@@ -111,14 +117,33 @@ type Receivers = (
 fn start_upstream(
     common: &Arc<Common>,
     context: &Context,
+    peers: &PeerMetrics,
     replies: Replies,
     (link_requests, reads, acks): Receivers,
 ) -> anyhow::Result<()> {
     let config = &common.config;
-    let connect = |url: &str| grpc::connect_lazy(url, &context.cluster_key, CONNECT_TIMEOUT);
-    // Reads and acks use a connection each, so that large pages do not delay acks.
-    let (router, reading, acking) =
-        (connect(&config.router)?, connect(&config.delivery)?, connect(&config.delivery)?);
+    let ready = |name| context.readiness.register(name);
+    let router = PoolOptions {
+        peer: "router",
+        setting: "edge.router",
+        endpoints: &config.router,
+        service: ROUTER_SERVICE,
+        lanes: 1,
+        connect_timeout: CONNECT_TIMEOUT,
+        ready: None,
+        metrics: peers,
+    };
+    let delivery = PoolOptions {
+        peer: "delivery node",
+        setting: "edge.delivery",
+        endpoints: &config.delivery,
+        service: DELIVERY_SERVICE,
+        // Reads and acks use a connection each, so that large pages do not delay acks.
+        lanes: 2,
+        ready: Some(ready("edge: delivery")),
+        ..router
+    };
+    let (router, delivery) = (PeerPool::start(router, context)?, PeerPool::start(delivery, context)?);
     let node = match config.node.as_str() {
         "" => format!("edge-{:08x}", context.random.next_u64() >> 32),
         node => node.to_owned(),
@@ -129,21 +154,21 @@ fn start_upstream(
         link::run(Parts {
             node,
             incarnation: context.random.next_u64(),
-            channel: router,
+            routers: router,
             requests: link_requests,
             shards: Shards::new(replies.clone(), Arc::clone(metrics)),
             random: Arc::clone(&context.random),
-            ready: context.readiness.register("edge: router"),
+            ready: ready("edge: router"),
             metrics: Arc::clone(metrics),
         }),
     );
     context.lifecycle.spawn(
         "edge: inbox reads",
-        inbox::read(reading, reads, replies.clone(), context.lifecycle.clone(), Arc::clone(metrics)),
+        inbox::read(delivery.lane(0), reads, replies.clone(), context.lifecycle.clone(), Arc::clone(metrics)),
     );
     context.lifecycle.spawn(
         "edge: inbox acks",
-        inbox::ack(acking, acks, replies.clone(), Arc::clone(&context.random), Arc::clone(metrics)),
+        inbox::ack(delivery.lane(1), acks, replies.clone(), Arc::clone(&context.random), Arc::clone(metrics)),
     );
     let soft = context.lifecycle.soft();
     context.lifecycle.spawn("edge: drain", async move {

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use sanjay_protocol::names;
-use sanjay_runtime::{ConfigError, Secret, Validate};
+use sanjay_runtime::{ConfigError, Secret, Validate, grpc::Endpoints};
 use serde::Deserialize;
 
 /// Section `edge` of the configuration.
@@ -14,10 +14,11 @@ pub struct Config {
     pub listen: String,
     /// Name of this edge, unique in the cluster. Empty: `edge-` and a random part.
     pub node: String,
-    /// Where the router listens: `http://host:port`.
-    pub router: String,
-    /// Where delivery listens: `http://host:port`.
-    pub delivery: String,
+    /// The routers, `http://host:port`: one, or several as a list or with commas. A host name is resolved again
+    /// and again, and each of its addresses is a router. The edge stays with one of them while that serves.
+    pub router: Endpoints,
+    /// The delivery nodes, in the same form; each call goes to one that serves.
+    pub delivery: Endpoints,
     /// The secret that signs clients' tokens (HS256), at least 32 bytes.
     pub token_secret: Secret,
     /// Threads that own connections, 1 to 64. 0: one for each core.
@@ -50,8 +51,8 @@ impl Default for Config {
         Self {
             listen: "127.0.0.1:8080".to_owned(),
             node: String::new(),
-            router: "http://127.0.0.1:8083".to_owned(),
-            delivery: "http://127.0.0.1:8082".to_owned(),
+            router: "http://127.0.0.1:8083".into(),
+            delivery: "http://127.0.0.1:8082".into(),
             token_secret: Secret::default(),
             shards: 0,
             allowed_origins: Vec::new(),
@@ -95,15 +96,8 @@ impl Validate for Config {
                 "set it from 0 to 64",
             ));
         }
-        for (key, url) in [("edge.router", &self.router), ("edge.delivery", &self.delivery)] {
-            if !url.starts_with("http://") {
-                return Err(ConfigError::new(
-                    key,
-                    format!("is `{url}`, which is no URL of a service"),
-                    "set it to http://host:port",
-                ));
-            }
-        }
+        self.router.validate("edge.router")?;
+        self.delivery.validate("edge.delivery")?;
         let bounds = [
             ("edge.heartbeat_ms", self.heartbeat_ms, 100, 3_600_000),
             ("edge.heartbeat_grace_ms", self.heartbeat_grace_ms, 100, 600_000),

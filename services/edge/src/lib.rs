@@ -10,6 +10,7 @@ pub mod connection;
 pub mod inbox;
 pub mod metrics;
 pub mod shard;
+pub mod spans;
 pub mod upgrade;
 pub mod upstream;
 pub mod verifier;

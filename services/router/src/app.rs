@@ -6,7 +6,7 @@ use anyhow::Context as _;
 use prometheus_client::registry::Registry as MetricsRegistry;
 use sanjay_proto::{edge::v1::router_link_server::RouterLinkServer, router::v1::router_server::RouterServer};
 use sanjay_runtime::{
-    Context, MilestoneRing, Validate,
+    Context, MilestoneRing, ReadinessFlag, Validate,
     grpc::{MAX_MESSAGE, ServeOptions, cluster_auth, serve_with},
 };
 use tokio::{
@@ -16,17 +16,24 @@ use tokio::{
 use tonic::service::{Routes, interceptor::InterceptedService};
 
 use crate::{
-    bus::{Bus, Sink},
+    bus::{
+        Bus, BusError, Sink,
+        redis::{RedisBus, metrics::BusMetrics},
+    },
     config::Config,
     fanout::Fanout,
     grpc::{RouterLinkService, RouterService},
+    leases::Leases,
     link::{LinkLimits, Links},
     metrics::Metrics,
     outage::Outage,
     publish::Publisher,
+    reconcile::Reconciler,
+    redis::metrics::RedisMetrics,
     registry::{
         Registry,
         memory::{Limits, Memory},
+        redis::RedisRegistry,
     },
     relay::Relay,
     subscriptions::Subscriptions,
@@ -34,8 +41,8 @@ use crate::{
 
 const SERVICES: [&str; 2] = ["sanjay.edge.v1.RouterLink", "sanjay.router.v1.Router"];
 
-/// Starts a router on `listener` with the memory adapters. Its tasks belong to `context.lifecycle`; metrics
-/// are added to `registry`.
+/// Starts a router on `listener` with the adapters that `router.registry` names. Its tasks belong to
+/// `context.lifecycle`; metrics are added to `registry`. Redis need not be there yet.
 ///
 /// # Errors
 /// When the configuration is not valid, or the server cannot be set up.
@@ -45,10 +52,25 @@ pub async fn start(
     context: Context,
     registry: &mut MetricsRegistry,
 ) -> anyhow::Result<()> {
-    let limits = Limits { channels: config.max_channels, ..Limits::default() };
-    let memory = Memory::new(limits, Arc::clone(&context.clock), Arc::clone(&context.random));
-    let bus = memory.bus(config.node.as_str().into());
-    start_with(config, listener, context, registry, Arc::new(memory.registry()), Arc::new(bus)).await
+    config.validate()?;
+    let (clock, random) = (Arc::clone(&context.clock), Arc::clone(&context.random));
+    let (known, bus): (Arc<dyn Registry>, Arc<dyn Bus>) = match config.redis()? {
+        None => {
+            let limits = Limits { channels: config.max_channels, ..Limits::default() };
+            let memory = Memory::new(limits, clock, random);
+            (Arc::new(memory.registry()), Arc::new(memory.bus(config.node.as_str().into())))
+        }
+        Some(redis) => {
+            tracing::info!(redis = redis.address(), db = redis.db, "routers meet in Redis");
+            let lease = Duration::from_millis(config.lease_ms.into());
+            let metrics = RedisMetrics::register(registry);
+            let known = RedisRegistry::new(redis.clone(), lease, clock, Arc::clone(&random), metrics)?;
+            let (lifecycle, metrics) = (context.lifecycle.clone(), BusMetrics::register(registry));
+            let bus = RedisBus::new(redis, &config.node, lifecycle, random, metrics);
+            (Arc::new(known), Arc::new(bus.context("cannot set up Redis")?))
+        }
+    };
+    start_with(config, listener, context, registry, known, bus).await
 }
 
 /// Like [`start`], on adapters of the caller's choice.
@@ -70,7 +92,11 @@ pub async fn start_with(
     let lease = Duration::from_millis(config.lease_ms.into());
     let milestones = Arc::new(MilestoneRing::new(config.milestones, "router", Arc::clone(&context.clock)));
     let fanout = Arc::new(Fanout::new(Arc::clone(&milestones), metrics.clone()));
-    bus.listen(Arc::clone(&fanout) as Arc<dyn Sink>).await.context("listening on the bus")?;
+    match bus.listen(Arc::clone(&fanout) as Arc<dyn Sink>).await {
+        // It goes on trying, and until then every call says what is wrong.
+        Err(error @ BusError::Unavailable(_)) => tracing::warn!(%error, "the bus is not there yet"),
+        listening => listening.context("listening on the bus")?,
+    }
     let publisher = Arc::new(Publisher::new(Arc::clone(&registry), Arc::clone(&milestones), metrics.clone()));
     let relay = Arc::new(Relay::new(
         Arc::clone(&registry),
@@ -81,6 +107,8 @@ pub async fn start_with(
         Arc::clone(&router),
         lease,
     ));
+    let reconciler =
+        Reconciler::new(Arc::clone(&fanout), Arc::clone(&registry), metrics.clone(), !bus.is_candid());
     let links = Arc::new(Links {
         fanout: Arc::clone(&fanout),
         subscriptions: Subscriptions::new(Arc::clone(&fanout), bus, Arc::clone(&registry)),
@@ -108,13 +136,24 @@ pub async fn start_with(
     let options =
         ServeOptions { name: "router server", routes, health: &SERVICES, reflection: config.reflection };
     serve_with(listener, options, &context.lifecycle).await?;
-    spawn_upkeep(&context, registry, fanout);
-    ready.set(true);
+    let leases = Leases::new(Arc::clone(&fanout), Arc::clone(&registry), lease);
+    // A registry that answers at once makes a router that is ready at once.
+    ready.set(registry.maintain().await.is_ok());
+    spawn_upkeep(&context, registry, fanout, ready);
+    let soft = context.lifecycle.soft();
+    context.lifecycle.spawn("router reconciler", async move {
+        soft.run_until_cancelled(reconciler.run()).await;
+    });
+    let soft = context.lifecycle.soft();
+    context.lifecycle.spawn("router leases", async move {
+        soft.run_until_cancelled(leases.run()).await;
+    });
     Ok(())
 }
 
-/// Once a second: forget what expired, measure what nothing else measures.
-fn spawn_upkeep(context: &Context, registry: Arc<dyn Registry>, fanout: Arc<Fanout>) {
+/// Once a second: forget what expired, measure what nothing else measures. The router is ready when the registry
+/// answered for the first time.
+fn spawn_upkeep(context: &Context, registry: Arc<dyn Registry>, fanout: Arc<Fanout>, ready: ReadinessFlag) {
     let soft = context.lifecycle.soft();
     context.lifecycle.spawn("router upkeep", async move {
         let maintaining = Outage::default();
@@ -124,6 +163,7 @@ fn spawn_upkeep(context: &Context, registry: Arc<dyn Registry>, fanout: Arc<Fano
             fanout.measure();
             match registry.maintain().await {
                 Ok(()) => {
+                    ready.set(true);
                     if maintaining.ends() {
                         tracing::info!("the registry is maintained again");
                     }

@@ -68,6 +68,8 @@ pub(crate) enum End {
     Edge,
     /// A newer stream of the edge took over.
     Replaced,
+    /// The registry does not know the attachment any more: the edge must announce everything again.
+    Superseded,
     /// The router shuts down.
     Shutdown,
     /// The edge broke the protocol; the text says how.
@@ -198,9 +200,7 @@ impl Downlink {
             Ok(()) => true,
             Err(refused) if refused.is_full() => {
                 self.metrics.dropped(DropReason::Full);
-                let mut marks = self.marks.lock();
-                marks.resync = true;
-                self.send_marks(&mut marks);
+                self.resync();
                 false
             }
             Err(_) => {
@@ -208,6 +208,13 @@ impl Downlink {
                 false
             }
         }
+    }
+
+    /// Signals that hints are lost, as soon as there is room: once, however many.
+    pub(crate) fn resync(&self) {
+        let mut marks = self.marks.lock();
+        marks.resync = true;
+        self.send_marks(&mut marks);
     }
 
     /// Signals what was marked, as far as there is room; the writer calls it whenever it made some.

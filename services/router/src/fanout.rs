@@ -5,7 +5,7 @@
 //! module with a lock held but the mailboxes' own, which never wait.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     hash::{BuildHasher as _, RandomState},
     sync::{Arc, atomic::Ordering},
 };
@@ -16,12 +16,14 @@ use sanjay_proto::{
     edge::v1::{Subscribed, router_event::Event},
 };
 use sanjay_runtime::MilestoneRing;
+use tokio::sync::Notify;
 
 use crate::{
-    bus::{EdgeHint, Sink},
+    bus::{EdgeHint, Missed, Sink},
     downlink::{Downlink, End, position},
     metrics::{DropReason, Metrics},
     registry::{EdgeRef, Top},
+    spans,
 };
 
 /// Enough that threads seldom meet at one.
@@ -30,7 +32,22 @@ const STRIPES: usize = 64;
 /// Publications kept for an edge whose subscription is being made; more become a gap.
 const MAX_KEPT: usize = 1_024;
 
+/// Channels that may be suspected one by one; more are suspected all together.
+const MAX_SUSPECTS: usize = 4_096;
+
 type Channels = HashMap<Arc<str>, Interest>;
+
+/// Which channels may have lost publications on the bus.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) enum Suspects {
+    /// None.
+    #[default]
+    Nothing,
+    /// These.
+    Some(HashSet<Arc<str>>),
+    /// Any.
+    All,
+}
 
 /// Which edges are attached, and which hold a channel.
 pub(crate) struct Fanout {
@@ -38,6 +55,8 @@ pub(crate) struct Fanout {
     /// Keyed anew in each process: nobody can choose names that all fall on one stripe.
     hasher: RandomState,
     edges: RwLock<HashMap<Arc<str>, Arc<Downlink>>>,
+    suspects: Mutex<Suspects>,
+    suspected: Notify,
     milestones: Arc<MilestoneRing>,
     metrics: Metrics,
 }
@@ -47,6 +66,10 @@ struct Interest {
     members: Vec<Member>,
     /// Whether the bus was asked for the channel.
     on_bus: bool,
+    /// The newest position that was handed on, given up as lost, or known when the first edge joined.
+    last: Option<Top>,
+    /// The epoch before that of `last`. What comes of it now is too late.
+    former: Option<Arc<str>>,
 }
 
 struct Member {
@@ -63,8 +86,15 @@ enum State {
 
 impl Fanout {
     pub(crate) fn new(milestones: Arc<MilestoneRing>, metrics: Metrics) -> Self {
-        let stripes = (0..STRIPES).map(|_| Mutex::default()).collect();
-        Self { stripes, hasher: RandomState::new(), edges: RwLock::default(), milestones, metrics }
+        Self {
+            stripes: (0..STRIPES).map(|_| Mutex::default()).collect(),
+            hasher: RandomState::new(),
+            edges: RwLock::default(),
+            suspects: Mutex::default(),
+            suspected: Notify::new(),
+            milestones,
+            metrics,
+        }
     }
 
     /// Makes `link` the stream of its edge and ends the older one. When a newer one is there already, it is
@@ -99,6 +129,11 @@ impl Fanout {
         edges.get(&edge.id).filter(|link| link.attachment.edge == *edge).cloned()
     }
 
+    /// The streams of all edges.
+    pub(crate) fn links(&self) -> Vec<Arc<Downlink>> {
+        self.edges.read().values().cloned().collect()
+    }
+
     /// Adds the edge to a channel and keeps the channel's publications for it until [`Self::go_live`]. True
     /// when the bus was not asked for the channel yet.
     pub(crate) fn join(&self, channel: &Arc<str>, link: &Arc<Downlink>) -> bool {
@@ -125,8 +160,10 @@ impl Fanout {
     /// Answers the subscription and sends everything above `top`: what was kept now, the rest as it comes.
     pub(crate) fn go_live(&self, channel: &Arc<str>, link: &Arc<Downlink>, top: Top) {
         let mut channels = self.stripe(channel).lock();
-        let members = channels.get_mut(channel).map(|interest| &mut interest.members);
-        let Some(member) = members.into_iter().flatten().find(|member| member.is(link)) else { return };
+        let Some(interest) = channels.get_mut(channel) else { return };
+        let Some(member) = interest.members.iter_mut().find(|member| member.is(link)) else { return };
+        // What comes of others while one joins is not known to have come yet.
+        interest.last.get_or_insert_with(|| top.clone());
         let live = State::Live { from: top.clone() };
         let State::Waiting { kept, lost } = std::mem::replace(&mut member.state, live) else { return };
         link.reply(Event::Subscribed(Subscribed {
@@ -156,6 +193,77 @@ impl Fanout {
         channels.remove(channel);
         self.metrics.channels.dec();
         on_bus
+    }
+
+    /// Signals that publications of a channel up to `top` are lost, to the edges that wait for them. False when
+    /// they were handed on meanwhile, or nobody holds the channel.
+    pub(crate) fn lost(&self, channel: &Arc<str>, top: &Top) -> bool {
+        let mut channels = self.stripe(channel).lock();
+        let Some(interest) = channels.get_mut(channel) else { return false };
+        if !interest.is_behind(top) {
+            return false;
+        }
+        interest.move_to(&top.epoch, top.offset);
+        for member in &mut interest.members {
+            match &mut member.state {
+                State::Waiting { lost, .. } => *lost = Some(top.clone()),
+                State::Live { from } if from.epoch == top.epoch && from.offset >= top.offset => {}
+                State::Live { .. } => member.link.gap(channel, top),
+            }
+        }
+        true
+    }
+
+    /// Whether an edge holds the channel and less than `top` of it was handed on.
+    pub(crate) fn is_behind(&self, channel: &str, top: &Top) -> bool {
+        self.stripe(channel).lock().get(channel).is_some_and(|interest| interest.is_behind(top))
+    }
+
+    /// Whether the bus delivers the channel.
+    pub(crate) fn holds(&self, channel: &str) -> bool {
+        self.stripe(channel).lock().get(channel).is_some_and(|interest| interest.on_bus)
+    }
+
+    /// How many parts [`Self::held`] has.
+    pub(crate) const PARTS: usize = STRIPES;
+
+    /// The channels of one part that the bus delivers.
+    pub(crate) fn held(&self, part: usize) -> Vec<Arc<str>> {
+        let channels = self.stripes[part].lock();
+        let held = channels.iter().filter(|(_, interest)| interest.on_bus);
+        held.map(|(channel, _)| Arc::clone(channel)).collect()
+    }
+
+    /// Takes the channels that the bus may have lost something of, and waits while there are none.
+    pub(crate) async fn suspects(&self) -> Suspects {
+        loop {
+            let suspects = std::mem::take(&mut *self.suspects.lock());
+            if suspects != Suspects::Nothing {
+                return suspects;
+            }
+            self.suspected.notified().await;
+        }
+    }
+
+    /// Adds to what [`Self::suspects`] gives.
+    pub(crate) fn suspect(&self, more: Suspects) {
+        let mut suspects = self.suspects.lock();
+        *suspects = match (std::mem::take(&mut *suspects), more) {
+            (Suspects::Nothing, more) => more,
+            (some, Suspects::Nothing) => some,
+            (Suspects::Some(mut some), Suspects::Some(more)) => {
+                some.extend(more);
+                if some.len() > MAX_SUSPECTS { Suspects::All } else { Suspects::Some(some) }
+            }
+            (Suspects::All, _) | (_, Suspects::All) => Suspects::All,
+        };
+        drop(suspects);
+        self.suspected.notify_one();
+    }
+
+    /// Tells every edge that hints for it may be lost.
+    fn resync(&self) {
+        self.edges.read().values().for_each(|link| link.resync());
     }
 
     /// Brings the gauges up to date that nothing else updates.
@@ -206,9 +314,15 @@ impl Sink for Fanout {
             return self.metrics.dropped(DropReason::NoInterest);
         };
         let channel = Arc::clone(channel);
-        let members = channels.get_mut(&channel).map(|interest| &mut interest.members);
+        let Some(interest) = channels.get_mut(&channel) else { return };
+        if !interest.is_news(&publication.epoch, publication.offset) {
+            return self.metrics.dropped(DropReason::Repeated);
+        }
+        interest.move_to(&publication.epoch, publication.offset);
+        let traced = spans::fan_out(publication);
+        let publication = traced.as_ref().map_or(publication, |(_, traced)| traced);
         let mut edges = 0_usize;
-        for member in members.into_iter().flatten() {
+        for member in &mut interest.members {
             match &mut member.state {
                 State::Waiting { kept, .. } if kept.len() < MAX_KEPT => kept.push(Arc::clone(publication)),
                 State::Waiting { lost, .. } => *lost = Some(position(publication)),
@@ -217,6 +331,9 @@ impl Sink for Fanout {
             }
         }
         drop(channels);
+        if let Some((span, _)) = &traced {
+            spans::relayed(span, edges);
+        }
         let detail = if edges == 1 { "1 edge".into() } else { format!("{edges} edges") };
         self.milestones.record(&publication.message_id, "fanned_out", detail);
     }
@@ -228,17 +345,39 @@ impl Sink for Fanout {
         }
     }
 
-    fn lost(&self, channel: &str, top: &Top) {
-        let mut channels = self.stripe(channel).lock();
-        let Some((channel, _)) = channels.get_key_value(channel) else { return };
-        let channel = Arc::clone(channel);
-        let members = channels.get_mut(&channel).map(|interest| &mut interest.members);
-        for member in members.into_iter().flatten() {
-            match &mut member.state {
-                State::Waiting { lost, .. } => *lost = Some(top.clone()),
-                State::Live { .. } => member.link.gap(&channel, top),
+    fn missed(&self, what: Missed<'_>) {
+        match what {
+            Missed::Channel(channel) => self.suspect(Suspects::Some([channel.into()].into())),
+            Missed::Channels => self.suspect(Suspects::All),
+            Missed::Hints => self.resync(),
+        }
+    }
+}
+
+impl Interest {
+    /// Whether this position is news. Offsets say so within an epoch; an epoch that is not the former one is a
+    /// newer one.
+    fn is_news(&self, epoch: &str, offset: u64) -> bool {
+        match &self.last {
+            Some(last) if *last.epoch == *epoch => offset > last.offset,
+            Some(_) => self.former.as_deref() != Some(epoch),
+            None => true,
+        }
+    }
+
+    fn move_to(&mut self, epoch: &str, offset: u64) {
+        match &mut self.last {
+            Some(last) if *last.epoch == *epoch => last.offset = offset,
+            last => {
+                let former = last.replace(Top { epoch: epoch.into(), offset });
+                self.former = former.map(|former| former.epoch).or(self.former.take());
             }
         }
+    }
+
+    /// Whether less than `top` was handed on. Nothing can be said before an edge has joined.
+    fn is_behind(&self, top: &Top) -> bool {
+        self.last.is_some() && self.is_news(&top.epoch, top.offset)
     }
 }
 

@@ -78,13 +78,18 @@ fn too_many_before_the_top_become_a_gap() {
 #[test]
 fn a_loss_on_the_bus_becomes_a_gap_unless_the_top_covers_it() {
     let (fanout, (link, mut receiver)) = (fanout(), link(1));
+    let (other, mut others) = self::link(2);
     let channel = Arc::from("c");
     fanout.join(&channel, &link);
-    fanout.lost("c", &top("a", 3));
+    assert!(!fanout.lost(&channel, &top("a", 3)), "nobody has joined yet");
     fanout.go_live(&channel, &link, top("a", 3));
-    fanout.lost("c", &top("a", 9));
-    fanout.lost("unknown", &top("a", 9));
+    fanout.join(&channel, &other);
+    assert!(fanout.lost(&channel, &top("a", 9)));
+    assert!(!fanout.lost(&channel, &top("a", 9)), "it is known");
+    assert!(!fanout.lost(&"unknown".into(), &top("a", 9)));
+    fanout.go_live(&channel, &other, top("a", 8));
     assert_eq!(take(&mut receiver), ["subscribed a:3", "gap a:9"]);
+    assert_eq!(take(&mut others), ["subscribed a:8", "gap a:9"]);
 }
 
 #[test]

@@ -114,6 +114,9 @@ fn ending(end: &End) -> Option<Status> {
     match end {
         End::Edge => None,
         End::Replaced => Some(Status::aborted("a newer stream of this edge took over")),
+        End::Superseded => Some(Status::aborted(
+            "the registry does not know this stream any more; attach again and announce everything",
+        )),
         End::Shutdown => Some(Status::unavailable("this router is shutting down; attach to another")),
         End::Protocol(text) => Some(Status::invalid_argument(text.as_str())),
     }

@@ -8,14 +8,18 @@ mod downlink;
 mod errors;
 mod fanout;
 mod grpc;
+mod leases;
 mod link;
 #[cfg(test)]
 mod link_tests;
 mod metrics;
 mod outage;
 mod publish;
+mod reconcile;
+pub mod redis;
 pub mod registry;
 mod relay;
+mod spans;
 mod subscriptions;
 mod writer;
 

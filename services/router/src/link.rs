@@ -18,16 +18,16 @@ use sanjay_proto::{
 };
 use sanjay_protocol::names::{self, NameError};
 use sanjay_runtime::{Lifecycle, MilestoneRing};
-use tokio::time::sleep;
 
 use crate::{
     downlink::{Downlink, End},
     errors::link_error,
     fanout::Fanout,
+    leases::sweep_after,
     metrics::Metrics,
     outage::Outage,
     publish::Publisher,
-    registry::{Assigned, Attachment, EdgeRef, Registry, RegistryError, SessionId, UserSession},
+    registry::{Assigned, EdgeRef, Registry, RegistryError, SessionId, UserSession},
     subscriptions::{Subscriptions, refusal},
     writer::Writer,
 };
@@ -334,6 +334,9 @@ impl Link {
     async fn open_sessions(&mut self, sessions: Vec<UserSession>) {
         let answers = self.shared.registry.open_sessions(&self.downlink.attachment, &sessions).await;
         for (session, answer) in sessions.into_iter().zip(answers) {
+            if matches!(answer, Err(RegistryError::Superseded { .. })) {
+                self.downlink.end(End::Superseded);
+            }
             let error = answer.err().map(|error| link_error(&error));
             if error.is_some() {
                 self.sessions.remove(&session.session);
@@ -393,9 +396,9 @@ impl Link {
         let lifecycle = shared.lifecycle.clone();
         lifecycle.spawn("edge lease", async move {
             // A router that ends leaves the sweep to those that stay.
-            if shared.lifecycle.soft().run_until_cancelled(sleep(shared.limits.lease)).await.is_some() {
-                sweep(&shared, &attachment).await;
-            }
+            let soft = shared.lifecycle.soft();
+            let lease = shared.limits.lease;
+            soft.run_until_cancelled(sweep_after(lease, lease, &*shared.registry, &attachment)).await;
         });
     }
 
@@ -406,23 +409,14 @@ impl Link {
         let downlink = Arc::clone(&self.downlink);
         async move {
             let soft = shared.lifecycle.soft();
-            let time = shared.limits.lease * ANNOUNCE_LEASES;
+            let lease = shared.limits.lease;
+            let sweep = sweep_after(lease * ANNOUNCE_LEASES, lease, &*shared.registry, &downlink.attachment);
             tokio::select! {
                 () = downlink.ended.cancelled() => {}
                 () = soft.cancelled() => {}
-                () = sleep(time) => sweep(&shared, &downlink.attachment).await,
+                () = sweep => {}
             }
         }
-    }
-}
-
-async fn sweep(shared: &Links, attachment: &Attachment) {
-    match shared.registry.sweep(attachment).await {
-        Ok(0) => {}
-        Ok(sessions) => {
-            tracing::info!(edge = %attachment.edge.id, sessions, "removed sessions that nobody vouched for")
-        }
-        Err(error) => tracing::warn!(%error, edge = %attachment.edge.id, "could not sweep sessions"),
     }
 }
 

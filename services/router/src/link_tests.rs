@@ -144,7 +144,7 @@ impl Router {
 
     async fn relay(&self, user: &str) -> RelayOutcome {
         let message = Some(InboxMessage { seq: 1, ..InboxMessage::default() });
-        let hint = InboxHint { user: user.into(), message, inbox_epoch: 1 };
+        let hint = InboxHint { user: user.into(), message, inbox_epoch: 1, attempt: 0 };
         self.relay.relay(vec![hint]).await[0]
     }
 

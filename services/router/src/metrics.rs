@@ -21,6 +21,8 @@ pub(crate) struct Metrics {
     pub(crate) deliveries: Counter,
     pub(crate) gaps: Counter,
     pub(crate) resyncs: Counter,
+    /// Channels of which the bus lost something that no later publication revealed.
+    pub(crate) losses: Counter,
     dropped: Family<DropLabels, Counter>,
     relays: Family<RelayLabels, Counter>,
 }
@@ -34,6 +36,8 @@ pub(crate) enum DropReason {
     Gone,
     /// No edge holds the channel or the user here any more.
     NoInterest,
+    /// The bus delivered it twice, or after it was given up as lost.
+    Repeated,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -47,6 +51,7 @@ impl EncodeLabelValue for DropReason {
             DropReason::Full => "full",
             DropReason::Gone => "gone",
             DropReason::NoInterest => "no_interest",
+            DropReason::Repeated => "repeated",
         })
     }
 }
@@ -71,6 +76,7 @@ impl Metrics {
         counter("router_deliveries", "Publications handed to an edge", &metrics.deliveries);
         counter("router_gaps", "Gaps signalled to an edge", &metrics.gaps);
         counter("router_resyncs", "Resyncs signalled to an edge", &metrics.resyncs);
+        counter("router_losses", "Channels found behind the registry and given up as lost", &metrics.losses);
         let dropped = metrics.dropped.clone();
         registry.register("router_dropped", "Publications and hints that an edge did not get", dropped);
         let relays = metrics.relays.clone();

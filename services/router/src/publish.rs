@@ -10,12 +10,13 @@ use sanjay_protocol::{
     limits::MAX_PAYLOAD_BYTES,
     names::{self, NameError},
 };
-use sanjay_runtime::{MilestoneRing, trace};
+use sanjay_runtime::MilestoneRing;
 use tracing::Span;
 
 use crate::{
     metrics::Metrics,
     registry::{Assigned, Registry, RegistryError},
+    spans,
 };
 
 /// Publishes for edges and delivery nodes.
@@ -64,12 +65,12 @@ impl Publisher {
             .map(|(new, _)| new)
             .collect();
         // The spans last until the registry has answered.
-        let spans: Vec<Span> = good.iter_mut().map(continue_trace).collect();
+        let spans: Vec<Span> = good.iter_mut().map(spans::publish).collect();
         let mut assigned = self.registry.publish(good).await.into_iter();
-        drop(spans);
-        for answer in answers.iter_mut().filter(|answer| answer.is_ok()) {
+        for (answer, span) in answers.iter_mut().filter(|answer| answer.is_ok()).zip(spans) {
             let lost = || Err(RegistryError::Unavailable("it gave too few answers".into()));
             *answer = assigned.next().unwrap_or_else(lost).map(Some).map_err(PublishError::from);
+            spans::assigned(&span, answer.as_ref());
         }
         answers
             .into_iter()
@@ -109,19 +110,4 @@ fn payload_size(payload: Option<&Payload>) -> Option<usize> {
         Kind::Text(text) | Kind::Json(text) => text.len(),
         Kind::Bytes(bytes) => bytes.len(),
     })
-}
-
-/// Opens a span under the publication's trace and sends the publication on under that span. A publication
-/// without a trace costs nothing.
-fn continue_trace(new: &mut NewPublication) -> Span {
-    if new.trace.is_empty() {
-        return Span::none();
-    }
-    let span = tracing::info_span!("publish", otel.kind = "producer", channel = new.channel);
-    trace::set_parent(&span, &new.trace);
-    let own = trace::traceparent(&span);
-    if !own.is_empty() {
-        new.trace = own;
-    }
-    span
 }

@@ -6,11 +6,11 @@ use std::{
     time::Duration,
 };
 
+use futures::future::join_all;
 use parking_lot::Mutex;
 use sanjay_proto::{edge::v1::InboxHint, router::v1::RelayOutcome};
-use sanjay_runtime::{MilestoneRing, trace};
+use sanjay_runtime::MilestoneRing;
 use tokio::time::Instant;
-use tracing::Span;
 
 use crate::{
     bus::{Bus, BusError, EdgeHint},
@@ -18,6 +18,7 @@ use crate::{
     metrics::Metrics,
     outage::Outage,
     registry::{EdgeRef, Location, Registry, RegistryError},
+    spans::{self, Relays},
 };
 
 /// Hands hints on. A hint may be lost anywhere on its way; the inbox is authoritative.
@@ -26,6 +27,7 @@ pub(crate) struct Relay {
     bus: Arc<dyn Bus>,
     fanout: Arc<Fanout>,
     milestones: Arc<MilestoneRing>,
+    spans: Relays,
     metrics: Metrics,
     router: Arc<str>,
     /// Until then edges may not have announced yet what they hold.
@@ -62,6 +64,7 @@ impl Relay {
             bus,
             fanout,
             milestones,
+            spans: Relays::default(),
             metrics,
             router,
             settled_at,
@@ -74,6 +77,7 @@ impl Relay {
     /// in the same order.
     pub(crate) async fn relay(&self, hints: Vec<InboxHint>) -> Vec<RelayOutcome> {
         let users: Vec<Arc<str>> = hints.iter().map(|hint| hint.user.as_str().into()).collect();
+        let began = Instant::now();
         let places = match self.registry.locate(&users).await {
             Ok(mut places) => {
                 if self.locating.ends() {
@@ -94,10 +98,11 @@ impl Relay {
         let mut spans = Vec::new();
         let ids: Vec<_> = hints.iter().map(message_id).collect();
         for (at, (mut hint, places)) in hints.into_iter().zip(&places).enumerate() {
-            spans.push(continue_trace(&mut hint));
+            spans.push(self.spans.relay(&mut hint, began.elapsed()));
             edges[at] = self.hand_over(at, &Arc::new(hint), places, &mut elsewhere);
         }
         self.send_elsewhere(elsewhere, &mut edges).await;
+        spans.iter().zip(&edges).for_each(|(span, edges)| spans::relayed(span, *edges));
         drop(spans);
         let outcomes = edges.iter().zip(ids).enumerate().map(|(at, (&edges, id))| {
             let outcome = match places.get(at) {
@@ -117,8 +122,8 @@ impl Relay {
 
     /// Where each user is, in the order given.
     pub(crate) async fn locate(&self, users: &[Arc<str>]) -> Result<Vec<Whereabouts>, RegistryError> {
-        let settled = self.is_settled();
         let places = self.registry.locate(users).await?;
+        let settled = self.is_settled();
         let whereabouts = places.into_iter().map(|sessions| {
             let complete = settled && sessions.iter().all(|place| place.attached);
             Whereabouts { sessions, complete }
@@ -126,8 +131,9 @@ impl Relay {
         Ok(whereabouts.collect())
     }
 
+    /// Whether nobody else can be connected than whom the registry told of; to be asked after it told.
     fn is_settled(&self) -> bool {
-        Instant::now() >= self.settled_at
+        Instant::now() >= self.settled_at && self.registry.is_settled()
     }
 
     /// Gives the hint to the edges of this router and puts it beside those of other routers; returns how
@@ -157,9 +163,13 @@ impl Relay {
         taken
     }
 
+    /// To all routers at once: one that does not answer must not hold up the others.
     async fn send_elsewhere(&self, elsewhere: Elsewhere, edges: &mut [usize]) {
-        for (router, (hints, places)) in elsewhere {
+        let relays = elsewhere.into_iter().map(|(router, (hints, places))| async move {
             let relayed = self.bus.relay(&router, hints).await;
+            (router, relayed, places)
+        });
+        for (router, relayed, places) in join_all(relays).await {
             self.note_reached(&router, relayed.as_ref().err());
             match relayed {
                 Ok(true) => places.into_iter().for_each(|at| edges[at] += 1),
@@ -189,18 +199,4 @@ impl Relay {
 
 fn message_id(hint: &InboxHint) -> prost::bytes::Bytes {
     hint.message.as_ref().map(|message| message.message_id.clone()).unwrap_or_default()
-}
-
-/// Like that of a publication: a span only under a trace.
-fn continue_trace(hint: &mut InboxHint) -> Span {
-    let Some(message) = hint.message.as_mut().filter(|message| !message.trace.is_empty()) else {
-        return Span::none();
-    };
-    let span = tracing::info_span!("relay", otel.kind = "producer");
-    trace::set_parent(&span, &message.trace);
-    let own = trace::traceparent(&span);
-    if !own.is_empty() {
-        message.trace = own;
-    }
-    span
 }

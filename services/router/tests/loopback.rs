@@ -2,6 +2,9 @@
 
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
+#[path = "loopback/redis.rs"]
+mod redis;
+
 use std::{sync::Arc, time::Duration};
 
 use prometheus_client::{encoding::text::encode, registry::Registry};
@@ -188,7 +191,7 @@ fn publication(channel: &str, text: &str) -> NewPublication {
 fn hint(user: &str) -> InboxHint {
     let message =
         Some(InboxMessage { seq: 1, message_id: id(), payload: payload("hi"), ..InboxMessage::default() });
-    InboxHint { user: user.into(), message, inbox_epoch: 1 }
+    InboxHint { user: user.into(), message, inbox_epoch: 1, attempt: 0 }
 }
 
 /// Asks again until it holds; at most ten seconds.

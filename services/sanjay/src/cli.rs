@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::{
-    commands::{check_config, health, publish, send, sub, token, trace},
+    commands::{bench, check_config, health, publish, send, sub, token, trace},
     output,
     serve::{
         roles::{DeliveryArgs, EdgeArgs, RouterArgs},
@@ -35,6 +35,7 @@ enum Command {
     Trace(trace::Args),
     Token(token::Args),
     Health(health::Args),
+    Bench(bench::Args),
 }
 
 /// Runs the command of the process's arguments. Exit codes: 0 done, 1 failed, 2 wrong usage.
@@ -63,11 +64,13 @@ impl Command {
             Self::Trace(args) => block_on(args.run()),
             Self::Token(args) => args.run(),
             Self::Health(args) => block_on(args.run()),
+            Self::Bench(args) => serve(args.run()),
         }
     }
 }
 
-/// Runs a server command, on a thread for each core; an edge has threads of its own beside them.
+/// Runs a server command, or one that loads a server, on a thread for each core; an edge has threads of its own
+/// beside them.
 fn serve(command: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
     tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(command)
 }

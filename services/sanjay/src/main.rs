@@ -7,6 +7,7 @@ mod output;
 mod payload;
 mod serve;
 mod settings;
+mod signals;
 
 use std::process::ExitCode;
 

@@ -24,7 +24,10 @@ pub(crate) struct DataDir {
 
 impl DataDir {
     /// The value that was given, or else the one that the server wrote down.
-    fn resolve(
+    ///
+    /// # Errors
+    /// When there is neither; the text names the flag and the variable.
+    pub(crate) fn resolve(
         &self,
         given: Option<String>,
         flag: &str,
@@ -50,6 +53,26 @@ impl DataDir {
         self.resolve(given, "--admin", "SANJAY_ADMIN", |ready| {
             Some(ready.admin).filter(|admin| !admin.is_empty())
         })
+    }
+
+    /// The secret that tokens are signed with: the one that was given, or else the server's own.
+    ///
+    /// # Errors
+    /// When the given one is empty, or there is none.
+    pub(crate) fn token_secret(&self, given: Option<&str>) -> anyhow::Result<Secret> {
+        if let Some(given) = given {
+            if given.is_empty() {
+                bail!("the token secret is empty; give the edge's `token_secret`");
+            }
+            return Ok(Secret::new(given));
+        }
+        let secrets = Secrets::read(&self.data_dir)?.ok_or_else(|| {
+            anyhow!(
+                "no token secret is known here: start a server with `sanjay standalone`, or give --token-secret or SANJAY_EDGE__TOKEN_SECRET (there is no {})",
+                self.data_dir.join(secrets::FILE).display()
+            )
+        })?;
+        Ok(Secret::new(secrets.token_secret))
     }
 }
 
@@ -158,19 +181,7 @@ impl SecretArgs {
     /// # Errors
     /// Says what to start or to set.
     pub(crate) fn token_secret(&self) -> anyhow::Result<Secret> {
-        if let Some(given) = &self.token_secret {
-            if given.is_empty() {
-                bail!("the token secret is empty; give the edge's `token_secret`");
-            }
-            return Ok(Secret::new(given.as_str()));
-        }
-        let secrets = Secrets::read(&self.data_dir.data_dir)?.ok_or_else(|| {
-            anyhow!(
-                "no token secret is known here: start a server with `sanjay standalone`, or give --token-secret or SANJAY_EDGE__TOKEN_SECRET (there is no {})",
-                self.data_dir.data_dir.join(secrets::FILE).display()
-            )
-        })?;
-        Ok(Secret::new(secrets.token_secret))
+        self.data_dir.token_secret(self.token_secret.as_deref())
     }
 }
 

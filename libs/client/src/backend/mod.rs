@@ -2,9 +2,10 @@
 //! and with repeats where they cannot double a message.
 
 mod error;
+mod servers;
 mod stream;
 
-use std::{fmt, time::Duration};
+use std::{fmt, sync::Arc, time::Duration};
 
 use sanjay_proto::delivery::v1::{self, delivery_client::DeliveryClient};
 use sanjay_protocol::{ErrorBody, ErrorCode, Payload, event::Published};
@@ -13,14 +14,17 @@ use tokio::time::{Instant, sleep, timeout};
 use tonic::{
     Request, Response, Status,
     metadata::{Ascii, MetadataValue},
-    transport::{Channel, Endpoint},
+    transport::Channel,
 };
 
 pub use error::BackendError;
 pub use stream::{PendingReply, PublishStream, SendStream};
 
 use crate::{Jitter, backoff};
-use error::{Failure, body, deepest};
+use error::{Failure, body};
+use servers::Servers;
+
+type Client = DeliveryClient<Channel>;
 
 const RETRY_BASE: Duration = Duration::from_millis(100);
 const RETRY_CAP: Duration = Duration::from_secs(5);
@@ -28,8 +32,9 @@ const RETRY_CAP: Duration = Duration::from_secs(5);
 /// How a [`Backend`] connects.
 #[derive(Clone)]
 pub struct BackendOptions {
-    /// The delivery API's address, such as `http://127.0.0.1:8082`.
-    pub endpoint: String,
+    /// The delivery API's addresses, such as `http://127.0.0.1:8082`. Calls stay with one server while it answers;
+    /// when it does not, what may be repeated goes to the next, and later calls go there first.
+    pub endpoints: Vec<String>,
     /// An API key of that server.
     pub api_key: String,
     /// How long one attempt of a call may take, and the answer to a request on a stream.
@@ -41,10 +46,10 @@ pub struct BackendOptions {
 }
 
 impl BackendOptions {
-    /// 10 s for an attempt, 30 s for a call.
+    /// 10 s for an attempt, 30 s for a call. `endpoint`: one address, or several with commas between them.
     pub fn new(endpoint: impl Into<String>, api_key: impl Into<String>) -> Self {
         Self {
-            endpoint: endpoint.into(),
+            endpoints: vec![endpoint.into()],
             api_key: api_key.into(),
             timeout: Duration::from_secs(10),
             patience: Duration::from_secs(30),
@@ -56,7 +61,7 @@ impl BackendOptions {
 impl fmt::Debug for BackendOptions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("BackendOptions")
-            .field("endpoint", &self.endpoint)
+            .field("endpoints", &self.endpoints)
             .field("api_key", &"<redacted>")
             .field("timeout", &self.timeout)
             .field("patience", &self.patience)
@@ -84,11 +89,12 @@ pub struct UserResult {
     pub result: Result<Accepted, ErrorBody>,
 }
 
-/// A connection to the delivery API. Clones share it; it reconnects by itself.
+/// A connection to the delivery API. Clones share it; it reconnects by itself, to any of its servers.
 #[derive(Clone)]
 pub struct Backend {
-    client: DeliveryClient<Channel>,
+    servers: Arc<Servers>,
     authorization: MetadataValue<Ascii>,
+    traceparent: Option<MetadataValue<Ascii>>,
     options: BackendOptions,
 }
 
@@ -102,9 +108,8 @@ impl Backend {
     /// Connects. The API key is looked at by the first call.
     ///
     /// # Errors
-    /// When the address or the key is of no use, or nobody listens.
+    /// When an address or the key is of no use, or nobody listens.
     pub async fn connect(options: BackendOptions) -> Result<Self, BackendError> {
-        let endpoint = endpoint(&options.endpoint)?;
         let authorization = format!("Bearer {}", options.api_key).parse();
         let mut authorization: MetadataValue<Ascii> = authorization.map_err(|_| {
             BackendError::Option(
@@ -112,11 +117,24 @@ impl Backend {
             )
         })?;
         authorization.set_sensitive(true);
-        let channel = endpoint.connect().await.map_err(|error| BackendError::Unreachable {
-            endpoint: options.endpoint.clone(),
-            reason: deepest(&error),
+        let servers = Arc::new(Servers::connect(&options).await?);
+        Ok(Self { servers, authorization, traceparent: None, options })
+    }
+
+    /// The same connection for calls under a span of the caller's: messages of these calls, and of streams that it
+    /// opens, continue the trace. `traceparent` is as W3C Trace Context, section 3.2, has it. Its sampled flag decides
+    /// whether the servers record.
+    ///
+    /// # Errors
+    /// When it holds characters that no `traceparent` has.
+    pub fn traced(&self, traceparent: &str) -> Result<Self, BackendError> {
+        let value = traceparent.parse().ok().filter(|_| !traceparent.is_empty());
+        let value: MetadataValue<Ascii> = value.ok_or_else(|| {
+            BackendError::Option(format!(
+                "{traceparent:?} is no traceparent; one looks like 00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+            ))
         })?;
-        Ok(Self { client: DeliveryClient::new(channel), authorization, options })
+        Ok(Self { traceparent: Some(value), ..self.clone() })
     }
 
     /// Publishes to everyone who is subscribed to a channel. `Ok` means assigned, not durable. With a dedupe key
@@ -132,12 +150,8 @@ impl Backend {
         dedupe_key: &str,
     ) -> Result<Published, BackendError> {
         let message = publish_request(channel, payload, dedupe_key);
-        self.call(!dedupe_key.is_empty(), || {
-            let (mut client, request) = self.prepare(message.clone());
-            async move { client.publish(request).await }
-        })
-        .await
-        .map(published)
+        let publish = async |mut client: Client, request| client.publish(request).await;
+        self.call(!dedupe_key.is_empty(), message, publish).await.map(published)
     }
 
     /// Puts a message into the inbox of each user, at most 1,000; a result for each, in order. With a dedupe key
@@ -191,10 +205,8 @@ impl Backend {
         until: Instant,
     ) -> Result<Vec<UserResult>, BackendError> {
         let message = send_request(users, payload.clone(), dedupe_key);
-        let sent = self.call_until(until, !dedupe_key.is_empty(), || {
-            let (mut client, request) = self.prepare(message.clone());
-            async move { client.send(request).await }
-        });
+        let send = async |mut client: Client, request| client.send(request).await;
+        let sent = self.call_until(until, !dedupe_key.is_empty(), message, send);
         let results = user_results(sent.await?);
         if results.len() == users.len() {
             Ok(results)
@@ -226,11 +238,8 @@ impl Backend {
         message_id: &str,
     ) -> Result<Option<v1::GetDeliveryResponse>, BackendError> {
         let message = v1::GetDeliveryRequest { user: user.to_owned(), message_id: message_id.to_owned() };
-        let found = self.call(true, || {
-            let (mut client, request) = self.prepare(message.clone());
-            async move { client.get_delivery(request).await }
-        });
-        match found.await {
+        let get = async |mut client: Client, request| client.get_delivery(request).await;
+        match self.call(true, message, get).await {
             Err(BackendError::Refused(error)) if error.code == ErrorCode::NotFound => Ok(None),
             other => other.map(Some),
         }
@@ -242,39 +251,38 @@ impl Backend {
     /// When the server cannot say.
     pub async fn get_trace(&self, message_id: &str) -> Result<v1::GetTraceResponse, BackendError> {
         let message = v1::GetTraceRequest { message_id: message_id.to_owned() };
-        self.call(true, || {
-            let (mut client, request) = self.prepare(message.clone());
-            async move { client.get_trace(request).await }
-        })
-        .await
-    }
-
-    /// A client and a request with the key and the deadline.
-    fn prepare<T>(&self, message: T) -> (DeliveryClient<Channel>, Request<T>) {
-        let mut request = self.authorized(message);
-        request.set_timeout(self.options.timeout);
-        (self.client.clone(), request)
+        let get = async |mut client: Client, request| client.get_trace(request).await;
+        self.call(true, message, get).await
     }
 
     /// A request with the key.
     fn authorized<T>(&self, message: T) -> Request<T> {
         let mut request = Request::new(message);
         request.metadata_mut().insert("authorization", self.authorization.clone());
+        if let Some(traceparent) = &self.traceparent {
+            request.metadata_mut().insert("traceparent", traceparent.clone());
+        }
         request
     }
 
-    async fn call<T, F>(&self, idempotent: bool, attempt: impl Fn() -> F) -> Result<T, BackendError>
+    async fn call<Q: Clone, T, F>(
+        &self,
+        idempotent: bool,
+        message: Q,
+        attempt: impl Fn(Client, Request<Q>) -> F,
+    ) -> Result<T, BackendError>
     where
         F: Future<Output = Result<Response<T>, Status>>,
     {
-        self.call_until(Instant::now() + self.options.patience, idempotent, attempt).await
+        self.call_until(Instant::now() + self.options.patience, idempotent, message, attempt).await
     }
 
-    async fn call_until<T, F>(
+    async fn call_until<Q: Clone, T, F>(
         &self,
         until: Instant,
         idempotent: bool,
-        attempt: impl Fn() -> F,
+        message: Q,
+        attempt: impl Fn(Client, Request<Q>) -> F,
     ) -> Result<T, BackendError>
     where
         F: Future<Output = Result<Response<T>, Status>>,
@@ -282,12 +290,18 @@ impl Backend {
         let within = self.options.timeout;
         let mut attempts = 0;
         loop {
-            let failure = match timeout(within, attempt()).await {
+            let (index, server) = self.servers.current();
+            let mut request = self.authorized(message.clone());
+            request.set_timeout(within);
+            let failure = match timeout(within, attempt(server.client.clone(), request)).await {
                 Ok(Ok(response)) => return Ok(response.into_inner()),
-                Ok(Err(status)) => Failure::from_status(&status, &self.options.endpoint, within),
+                Ok(Err(status)) => Failure::from_status(&status, &server.endpoint, within),
                 Err(_) => Failure::timeout(within),
             };
-            let delay = backoff::retry(attempts, None, RETRY_BASE, RETRY_CAP, self.options.jitter.fraction());
+            if failure.not_sent || failure.unknown {
+                self.servers.leave(index);
+            }
+            let delay = self.delay(attempts);
             let allowed = failure.not_sent || (idempotent && failure.unknown);
             if !allowed || Instant::now() + delay >= until {
                 return Err(failure.error);
@@ -297,26 +311,15 @@ impl Backend {
             attempts += 1;
         }
     }
-}
 
-fn endpoint(address: &str) -> Result<Endpoint, BackendError> {
-    let bad = |reason: &str| {
-        BackendError::Option(format!(
-            "{address:?} is no address of the API: {reason}; one looks like http://127.0.0.1:8082"
-        ))
-    };
-    if address.starts_with("https://") {
-        return Err(bad("this client does not speak TLS yet"));
+    /// How long to wait after this attempt failed: not at all before each server had its turn.
+    fn delay(&self, attempt: u32) -> Duration {
+        let count = self.servers.count();
+        if !(attempt + 1).is_multiple_of(count) {
+            return Duration::ZERO;
+        }
+        backoff::retry(attempt / count, None, RETRY_BASE, RETRY_CAP, self.options.jitter.fraction())
     }
-    if !address.starts_with("http://") {
-        return Err(bad("it does not begin with http://"));
-    }
-    let endpoint = Endpoint::from_shared(address.to_owned()).map_err(|error| bad(&deepest(&error)))?;
-    Ok(endpoint
-        .connect_timeout(Duration::from_secs(5))
-        .tcp_nodelay(true)
-        .http2_keep_alive_interval(Duration::from_secs(10))
-        .keep_alive_timeout(Duration::from_secs(5)))
 }
 
 fn publish_request(channel: &str, payload: Payload, dedupe_key: &str) -> v1::PublishRequest {

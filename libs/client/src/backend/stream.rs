@@ -17,21 +17,22 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Response, Status, Streaming};
 
 use super::{
-    Backend, BackendError, UserResult, error::Failure, publish_request, published, send_request, user_results,
+    Backend, BackendError, Client, UserResult, error::Failure, publish_request, published, send_request,
+    user_results,
 };
 
 /// Most requests of a stream without an answer; beyond it the caller waits.
 const WINDOW: usize = 1_024;
 
 /// A stream of publishes; publications to a channel keep the order of the calls. Dropped, what is under way
-/// is still answered. After an error of the stream itself every later call fails: open another.
+/// is still answered. After an error of the stream itself every later call fails: open another, which goes
+/// to the next server.
 #[derive(Debug)]
 pub struct PublishStream(Pipeline<v1::PublishRequest, Published>);
 
 impl PublishStream {
     pub(super) fn open(backend: &Backend) -> Self {
-        let mut client = backend.client.clone();
-        let call = |requests: Requests<_>| -> Call<_> {
+        let call = |mut client: Client, requests: Requests<_>| -> Call<_> {
             Box::pin(async move { client.publish_stream(requests).await })
         };
         Self(Pipeline::open(backend, call, |reply: v1::PublishStreamResponse| match reply.result {
@@ -56,14 +57,14 @@ impl PublishStream {
 }
 
 /// A stream of sends; messages to a user keep the order of the calls. Dropped, what is under way is still
-/// answered. After an error of the stream itself every later call fails: open another.
+/// answered. After an error of the stream itself every later call fails: open another, which goes
+/// to the next server.
 #[derive(Debug)]
 pub struct SendStream(Pipeline<v1::SendRequest, Vec<UserResult>>);
 
 impl SendStream {
     pub(super) fn open(backend: &Backend) -> Self {
-        let mut client = backend.client.clone();
-        let call = |requests: Requests<_>| -> Call<_> {
+        let call = |mut client: Client, requests: Requests<_>| -> Call<_> {
             Box::pin(async move { client.send_stream(requests).await })
         };
         Self(Pipeline::open(backend, call, |reply: v1::SendStreamResponse| match reply.result {
@@ -149,18 +150,25 @@ struct Pipeline<Q, T> {
 impl<Q: Send + 'static, T: Send + 'static> Pipeline<Q, T> {
     fn open<R: Send + 'static>(
         backend: &Backend,
-        call: impl FnOnce(Requests<Q>) -> Call<R>,
+        call: impl FnOnce(Client, Requests<Q>) -> Call<R>,
         convert: fn(R) -> Result<T, BackendError>,
     ) -> Self {
         let (requests, receiver) = mpsc::channel(WINDOW);
         let waiting = Queue::default();
         let ended = Arc::new(Ended::default());
-        let (endpoint, within) = (backend.options.endpoint.clone(), backend.options.timeout);
-        let call = call(backend.authorized(ReceiverStream::new(receiver)));
+        let within = backend.options.timeout;
+        let (index, server) = backend.servers.current();
+        let endpoint = server.endpoint.clone();
+        let call = call(server.client.clone(), backend.authorized(ReceiverStream::new(receiver)));
+        let servers = Arc::clone(&backend.servers);
         let (queue, end) = (Arc::clone(&waiting), Arc::clone(&ended));
         tokio::spawn(async move {
             if let Err(status) = read(call, &queue, convert).await {
-                end.set(Failure::from_status(&status, &endpoint, within).error);
+                let failure = Failure::from_status(&status, &endpoint, within);
+                if failure.not_sent || failure.unknown {
+                    servers.leave(index);
+                }
+                end.set(failure.error);
             }
             // Dropping who still waits tells them to look at why the stream ended.
             queue.lock().unwrap_or_else(PoisonError::into_inner).clear();

@@ -55,6 +55,8 @@ pub enum AckError {
 #[derive(Debug)]
 pub struct Acker {
     seq: u64,
+    /// Goes back with the ack; empty when the message is not recorded.
+    trace: String,
     generation: u64,
     held: bool,
     shared: Arc<Shared>,
@@ -69,7 +71,8 @@ impl Acker {
     /// When it could not be stored, or the client has stopped.
     pub async fn ack(mut self) -> Result<(), AckError> {
         let (stored, done) = oneshot::channel();
-        let settle = Settle::Processed { generation: self.generation, seq: self.seq, stored };
+        let trace = std::mem::take(&mut self.trace);
+        let settle = Settle::Processed { generation: self.generation, seq: self.seq, trace, stored };
         self.settle.send(settle).await.map_err(|_| AckError::Closed)?;
         self.held = false;
         done.await.unwrap_or(Err(AckError::Closed))
@@ -111,7 +114,7 @@ impl Stream for InboxStream {
 #[derive(Debug)]
 pub(crate) enum Settle {
     /// The application processed a message.
-    Processed { generation: u64, seq: u64, stored: oneshot::Sender<Result<(), AckError>> },
+    Processed { generation: u64, seq: u64, trace: String, stored: oneshot::Sender<Result<(), AckError>> },
     /// The device met its inbox: keep where it began.
     Begin,
     /// Answer once everything before is stored and handed on.
@@ -123,6 +126,8 @@ pub(crate) enum Settle {
 pub(crate) struct Settled {
     pub(crate) generation: u64,
     pub(crate) seqs: Vec<u64>,
+    /// The trace of the message with the highest of `seqs`; may be empty.
+    pub(crate) trace: String,
 }
 
 /// What becomes of a delivery.
@@ -173,7 +178,7 @@ impl Shared {
         (discontinuity, false)
     }
 
-    pub(crate) fn take(self: &Arc<Self>, seq: u64, settle: &mpsc::Sender<Settle>) -> Taken {
+    pub(crate) fn take(self: &Arc<Self>, seq: u64, trace: &str, settle: &mpsc::Sender<Settle>) -> Taken {
         let mut inner = self.lock();
         if inner.processed.as_ref().is_some_and(|processed| processed.contains(seq)) {
             return Taken::Again;
@@ -182,7 +187,8 @@ impl Shared {
             return Taken::Held;
         }
         let generation = inner.generation;
-        Taken::New(Acker { seq, generation, held: true, shared: Arc::clone(self), settle: settle.clone() })
+        let (shared, settle, trace) = (Arc::clone(self), settle.clone(), trace.to_owned());
+        Taken::New(Acker { seq, trace, generation, held: true, shared, settle })
     }
 
     pub(crate) fn is_current(&self, generation: u64) -> bool {
@@ -233,10 +239,12 @@ pub(crate) async fn settle(
     let mut requested = Vec::with_capacity(BATCH);
     while requests.recv_many(&mut requested, BATCH).await > 0 {
         let (mut batch, mut waiting, mut flushes) = (Vec::new(), Vec::new(), Vec::new());
+        let mut traces = Vec::new();
         for request in requested.drain(..) {
             match request {
-                Settle::Processed { generation, seq, stored } => {
+                Settle::Processed { generation, seq, trace, stored } => {
                     batch.push((generation, seq));
+                    traces.push(trace);
                     waiting.push(stored);
                 }
                 Settle::Begin => {}
@@ -251,7 +259,10 @@ pub(crate) async fn settle(
         match &result {
             Ok(()) => {
                 shared.commit(generation, &seqs);
-                if !seqs.is_empty() && ready.send(Settled { generation, seqs }).await.is_err() {
+                let newest = (0..batch.len()).filter(|&at| batch[at].0 == generation);
+                let newest = newest.max_by_key(|&at| batch[at].1);
+                let trace = newest.map(|at| std::mem::take(&mut traces[at])).unwrap_or_default();
+                if !seqs.is_empty() && ready.send(Settled { generation, seqs, trace }).await.is_err() {
                     return;
                 }
             }

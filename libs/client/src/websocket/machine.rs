@@ -109,6 +109,8 @@ pub(crate) struct Machine {
     pong: bool,
     /// To be acked.
     acks: Ranges,
+    /// The highest seq of `acks` so far, with the trace of its message.
+    newest_ack: (u64, String),
     /// Acks without an answer, which comes once they are durable.
     unanswered_acks: usize,
     /// No ack before this time, as the server refused the last one for now.
@@ -138,6 +140,7 @@ impl Machine {
             frames: VecDeque::new(),
             pong: false,
             acks: Ranges::default(),
+            newest_ack: (0, String::new()),
             unanswered_acks: 0,
             acks_wait: None,
             backlog,
@@ -169,6 +172,7 @@ impl Machine {
         self.retries.clear();
         self.frames.clear();
         self.acks.clear();
+        self.newest_ack = (0, String::new());
         self.unanswered_acks = 0;
         self.acks_wait = None;
         self.pong = false;
@@ -296,7 +300,15 @@ impl Machine {
 
     pub(crate) fn settled(&mut self, settled: Settled) {
         if self.online && self.inbox.shared.is_current(settled.generation) {
+            let newest = settled.seqs.iter().copied().max().unwrap_or_default();
             settled.seqs.iter().for_each(|&seq| self.acks.insert(seq, seq));
+            self.remember_newest(newest, settled.trace);
+        }
+    }
+
+    fn remember_newest(&mut self, seq: u64, trace: String) {
+        if seq >= self.newest_ack.0 {
+            self.newest_ack = (seq, trace);
         }
     }
 
@@ -310,7 +322,10 @@ impl Machine {
         }
         if self.may_ack() {
             let ranges = self.acks.take(MAX_ACK_RANGES);
-            let frame = self.encode(Command::Ack(Ack { ranges: ranges.clone() }));
+            let newest = std::mem::take(&mut self.newest_ack);
+            let is_in = ranges.last().is_some_and(|&(_, to)| to == newest.0);
+            let trace = if is_in { newest.1 } else { String::new() };
+            let frame = self.encode(Command::Ack(Ack { ranges: ranges.clone(), trace }));
             self.unanswered_acks += 1;
             self.push(frame, Pending::Ack(ranges), now);
         }
@@ -381,16 +396,21 @@ impl Machine {
                     self.queue(Delivery::Channel(events, event));
                 }
             }
-            Event::Inbox(message) => match self.inbox.shared.take(message.seq, &self.inbox.settle) {
-                Taken::New(acker) => {
-                    self.queue(Delivery::Inbox(InboxEvent::Message(InboxDelivery {
-                        message: *message,
-                        acker,
-                    })));
+            Event::Inbox(message) => {
+                match self.inbox.shared.take(message.seq, &message.trace, &self.inbox.settle) {
+                    Taken::New(acker) => {
+                        self.queue(Delivery::Inbox(InboxEvent::Message(InboxDelivery {
+                            message: *message,
+                            acker,
+                        })));
+                    }
+                    Taken::Again => {
+                        self.acks.insert(message.seq, message.seq);
+                        self.remember_newest(message.seq, message.trace);
+                    }
+                    Taken::Held => {}
                 }
-                Taken::Again => self.acks.insert(message.seq, message.seq),
-                Taken::Held => {}
-            },
+            }
             Event::Degraded(degraded) => {
                 self.features.send_replace(degraded.features);
                 if let Some(inbox) = &degraded.inbox {

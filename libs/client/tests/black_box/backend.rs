@@ -275,6 +275,74 @@ async fn errors_name_what_to_do() {
     assert!(error.to_string().contains("API key"), "{error}");
 }
 
+/// A server with its address, and the task that serves.
+async fn server() -> (Fake, SocketAddr, tokio::task::JoinHandle<()>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let fake = Fake::default();
+    let serving = serve(fake.clone(), listener).await;
+    (fake, address, serving)
+}
+
+#[tokio::test]
+async fn calls_go_on_with_the_next_server_without_a_pause() {
+    let (one, address_one, _serving_one) = server().await;
+    let (two, address_two, _serving_two) = server().await;
+    let options = BackendOptions {
+        // Whoever is named first is used first, and a pause would outlast the test.
+        jitter: Jitter::from_source(|| 0.0),
+        ..BackendOptions::new(format!("http://{address_one}, http://{address_two}"), "right")
+    };
+    let backend = soon(Backend::connect(options)).await.unwrap();
+    soon(backend.send(&["bob"], hi(), "")).await.unwrap();
+    assert_eq!((one.asked().len(), two.asked().len()), (1, 0));
+
+    // Without a key what may have been done is not repeated, but the next call goes elsewhere.
+    one.next([away()]);
+    assert!(matches!(soon(backend.send(&["bob"], hi(), "")).await, Err(BackendError::Broken(_))));
+    soon(backend.send(&["bob"], hi(), "")).await.unwrap();
+    assert_eq!((one.asked().len(), two.asked().len()), (1, 1));
+    two.next([away()]);
+    soon(backend.send(&["bob"], hi(), "key")).await.unwrap();
+    assert_eq!((one.asked().len(), two.asked().len()), (1, 1), "with a key it is repeated there");
+
+    let mut sends = backend.send_stream();
+    let reply = soon(sends.send(&["bob"], hi(), "")).await.unwrap();
+    soon(reply.wait()).await.unwrap();
+    assert_eq!(one.asked().len(), 1);
+    one.next([away()]);
+    let reply = soon(sends.send(&["bob"], hi(), "")).await.unwrap();
+    assert!(soon(reply.wait()).await.is_err());
+    assert!(soon(sends.send(&["bob"], hi(), "")).await.is_err(), "a stream stays with its server");
+    assert_eq!((one.asked().len(), two.asked().len()), (1, 0));
+    let mut sends = backend.send_stream();
+    let reply = soon(sends.send(&["bob"], hi(), "")).await.unwrap();
+    soon(reply.wait()).await.unwrap();
+    soon(backend.publish("news", hi(), "")).await.unwrap();
+    assert_eq!((one.asked().len(), two.asked().len()), (0, 2));
+}
+
+#[tokio::test]
+async fn one_server_that_answers_is_enough_to_connect() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let gone = listener.local_addr().unwrap();
+    drop(listener);
+    let (fake, address, _serving) = server().await;
+    let list = format!("http://{gone},http://{address}");
+    let options =
+        BackendOptions { jitter: Jitter::from_source(|| 0.0), ..BackendOptions::new(list, "right") };
+    let backend = soon(Backend::connect(options)).await.unwrap();
+    soon(backend.send(&["bob"], hi(), "")).await.unwrap();
+    assert_eq!(fake.asked().len(), 1);
+
+    let error =
+        soon(Backend::connect(BackendOptions::new(format!("http://{gone},http://{gone}"), "right"))).await;
+    let text = error.unwrap_err().to_string();
+    assert!(text.starts_with(&format!("no server answers at http://{gone}, http://{gone}: ")), "{text}");
+    let none = soon(Backend::connect(BackendOptions::new(" ,", "right"))).await.unwrap_err();
+    assert!(none.to_string().contains("no address"), "{none}");
+}
+
 #[tokio::test]
 async fn a_request_that_was_not_sent_is_repeated_without_a_key() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

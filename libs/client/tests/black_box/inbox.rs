@@ -56,6 +56,37 @@ async fn what_was_processed_is_acked_again_and_not_handed_over() {
 }
 
 #[tokio::test]
+async fn an_ack_returns_the_trace_of_its_newest_message() {
+    let server = Server::start().await;
+    let client = Client::connect(server.options()).await.unwrap();
+    let mut peer = server.welcome(welcome_with_inbox("e1", 0, 3)).await;
+    let mut stream = client.inbox().unwrap();
+    let trace = |seq: u64| format!("00-0af7651916cd43dd8448eb211c80319c-{seq:016x}-01");
+    let traced = |seq| match inbox(seq) {
+        Event::Inbox(mut message) => {
+            message.trace = trace(seq);
+            (None, Event::Inbox(message))
+        }
+        other => panic!("{other:?}"),
+    };
+    peer.push_all([traced(1), traced(2), (None, inbox(3))]).await;
+    let (first, second, third) = (next(&mut stream).await, next(&mut stream).await, next(&mut stream).await);
+    assert_eq!(second.message.trace, trace(2), "the application sees it");
+    // Together they are one batch, whose newest message counts.
+    let acks = async { tokio::join!(second.acker.ack(), first.acker.ack()) };
+    let (second, first) = soon(acks).await;
+    second.and(first).unwrap();
+    let ack = peer.whole_ack().await;
+    assert_eq!((&ack.ranges[..], ack.trace), (&[(1, 2)][..], trace(2)));
+    soon(third.acker.ack()).await.unwrap();
+    assert_eq!(peer.whole_ack().await.trace, "", "it had none");
+
+    // What is acked again returns the trace of that time.
+    peer.push_all([traced(1)]).await;
+    assert_eq!(peer.whole_ack().await.trace, trace(1));
+}
+
+#[tokio::test]
 async fn a_device_remembers_beyond_the_process() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("bob.json");

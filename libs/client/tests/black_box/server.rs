@@ -5,7 +5,7 @@ use sanjay_client::{
     ClientOptions, Jitter,
     protocol::{
         CloseCode, Command, Envelope, Event, EventEnvelope, Payload, SUBPROTOCOL_JSON,
-        command::Hello,
+        command::{Ack, Hello},
         event::{Inbox, InboxState, Limits, Message, Subscribed, Welcome},
         json,
     },
@@ -94,8 +94,12 @@ impl Peer {
     }
 
     pub(crate) async fn ack(&mut self) -> Vec<(u64, u64)> {
+        self.whole_ack().await.ranges
+    }
+
+    pub(crate) async fn whole_ack(&mut self) -> Ack {
         match self.command().await.command {
-            Command::Ack(ack) => ack.ranges,
+            Command::Ack(ack) => ack,
             other => panic!("instead of ack came {other:?}"),
         }
     }

@@ -38,8 +38,13 @@ pub fn connect_lazy(endpoint: &str, key: &Secret, connect_timeout: Duration) -> 
         uri.scheme_str() == Some("http") && uri.host().is_some_and(|host| !host.is_empty()),
         usable()
     );
-    let channel = parsed
-        .connect_timeout(connect_timeout)
+    let channel = tune(parsed).connect_timeout(connect_timeout).connect_lazy();
+    Ok(InterceptedService::new(channel, ClusterKey::new(key)?))
+}
+
+/// The tuning of connections that carry calls.
+pub(super) fn tune(endpoint: Endpoint) -> Endpoint {
+    endpoint
         .tcp_nodelay(true)
         .tcp_keepalive(Some(PING_EVERY))
         .http2_keep_alive_interval(PING_EVERY)
@@ -47,6 +52,4 @@ pub fn connect_lazy(endpoint: &str, key: &Secret, connect_timeout: Duration) -> 
         .keep_alive_while_idle(true)
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
-        .connect_lazy();
-    Ok(InterceptedService::new(channel, ClusterKey::new(key)?))
 }

@@ -4,6 +4,7 @@ use std::{
     time::Duration,
 };
 
+use opentelemetry::trace::Status;
 use opentelemetry_sdk::{
     Resource,
     error::OTelSdkResult,
@@ -178,6 +179,60 @@ fn each_role_is_a_service_of_its_own() {
     ]
     .map(|(service, name)| (service.to_owned(), name.to_owned()));
     assert_eq!(exported, expected);
+}
+
+/// Finished spans of the edge, under a sampler that records no trace of its own.
+#[derive(Debug, Clone, Default)]
+struct Finished(Arc<Mutex<Vec<SpanData>>>);
+
+impl SpanExporter for Finished {
+    async fn export(&self, batch: Vec<SpanData>) -> OTelSdkResult {
+        self.0.lock().extend(batch);
+        Ok(())
+    }
+}
+
+fn finished(body: impl FnOnce()) -> Vec<SpanData> {
+    let spans = Finished::default();
+    let provider = SdkTracerProvider::builder()
+        .with_sampler(Sampler::ParentBased(Box::new(tracer::Roots(Sampler::AlwaysOff))))
+        .with_span_processor(SimpleSpanProcessor::new(spans.clone()))
+        .build();
+    let layer = tracing_opentelemetry::layer()
+        .with_target(true)
+        .with_tracer(RoleTracer::new(&[(Role::Edge, provider)]).unwrap());
+    with_default(Registry::default().with(layer), body);
+    std::mem::take(&mut *spans.0.lock())
+}
+
+#[test]
+fn a_batch_is_recorded_when_it_holds_a_recorded_message() {
+    let unsampled = PARENT.replace("-01", "-00");
+    let spans = finished(|| {
+        for links in [&[][..], &[unsampled.as_str()], &[unsampled.as_str(), PARENT]] {
+            let span = info_span!(parent: None, "commit");
+            links.iter().for_each(|link| trace::link(&span, link));
+        }
+    });
+    assert_eq!(spans.len(), 1, "{spans:?}");
+    assert_eq!(spans[0].links.iter().count(), 2);
+    assert_ne!(spans[0].span_context.trace_id().to_string(), TRACE_ID, "a trace of its own");
+}
+
+#[test]
+fn a_span_begins_when_its_work_did() {
+    let spans = finished(|| {
+        let span = info_span!(parent: None, "settle");
+        trace::set_parent(&span, PARENT);
+        trace::under_way(&span, Duration::from_secs(5));
+        trace::describe(&span, [("seq", trace::count(1))]);
+        trace::fail(&span, "unavailable");
+    });
+    let lasted = spans[0].end_time.duration_since(spans[0].start_time).unwrap();
+    assert!((5..60).contains(&lasted.as_secs()), "{lasted:?}");
+    let keys: Vec<_> = spans[0].attributes.iter().map(|entry| entry.key.as_str()).collect();
+    assert!(keys.contains(&"seq") && !keys.contains(&"under_way_us"), "{keys:?}");
+    assert!(matches!(&spans[0].status, Status::Error { description } if description == "unavailable"));
 }
 
 #[tokio::test]

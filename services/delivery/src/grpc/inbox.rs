@@ -15,6 +15,7 @@ use tonic::{Request, Response, Status};
 use super::Refusal;
 use crate::{
     inbox::Inbox,
+    spans::AckTrace,
     store::{Acked, InboxQuery, MAX_SETTLED_RANGES, Page, Settle, StoreError},
 };
 
@@ -54,9 +55,12 @@ impl InboxService for EdgeApi {
         check_count("acks", acks.len())?;
         let mut reported = Vec::new();
         let mut settles = Vec::with_capacity(acks.len());
+        let mut traces = Vec::with_capacity(acks.len());
         for mut ack in acks {
             check_ack(&ack)?;
             reported.append(&mut ack.milestones);
+            let seq = ack.acked.iter().map(|range| range.to).max().unwrap_or_default();
+            traces.push(AckTrace { seq, trace: std::mem::take(&mut ack.trace) });
             settles.push(Settle {
                 user: ack.user,
                 epoch: ack.epoch,
@@ -64,7 +68,7 @@ impl InboxService for EdgeApi {
                 written: ack.written,
             });
         }
-        let results = tokio::time::timeout(self.deadline, self.inbox.ack(settles, reported)).await;
+        let results = tokio::time::timeout(self.deadline, self.inbox.ack(settles, traces, reported)).await;
         let results = results.map_err(|_| Refusal::late(self.deadline))?;
         Ok(Response::new(AckResponse { results: results.into_iter().map(ack_result).collect() }))
     }

@@ -77,12 +77,7 @@ impl From<StoreError> for Refusal {
 
 impl From<PublishError> for Refusal {
     fn from(error: PublishError) -> Self {
-        let code = match &error {
-            PublishError::Busy => ErrorCode::RateLimited,
-            PublishError::Router(_) | PublishError::Closing => ErrorCode::Unavailable,
-            PublishError::Refused { code, .. } => *code,
-        };
-        Self::new(code, error.to_string())
+        Self::new(error.code(), error.to_string())
     }
 }
 

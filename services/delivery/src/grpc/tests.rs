@@ -170,7 +170,7 @@ impl Node {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         self.address = listener.local_addr().unwrap();
         let config = Config {
-            router: format!("http://{}", self.router_address),
+            router: format!("http://{}", self.router_address).into(),
             store: format!("redb:{}", self.directory.path().join("inbox.redb").display()),
             api_keys: vec![ApiKey { name: "shop".into(), sha256: hash_api_key(KEY) }],
             max_unsettled: 2_000,

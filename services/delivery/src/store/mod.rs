@@ -11,14 +11,17 @@
 //! - **Unknown outcomes.** After [`StoreError::Unavailable`] an append may have happened or not; repeating it
 //!   with the same dedupe key is safe.
 
+mod location;
+pub mod mongodb;
 pub mod redb;
 mod settled;
 #[cfg(test)]
 pub(crate) mod suite;
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use futures::future::BoxFuture;
+pub use location::{Database, Location, LocationError};
 use sanjay_proto::client::v1::{InboxMessage, Payload, SeqRange};
 use sanjay_runtime::{clock::SharedClock, random::SharedRandom};
 pub use settled::{Settled, TooManyRanges};
@@ -288,11 +291,14 @@ pub trait InboxStore: Send + Sync + 'static {
     fn rearm(&self, rearms: Vec<Rearm>) -> BoxFuture<'static, Result<(), StoreError>>;
 
     /// Removes up to `limit` receipts and dedupe keys that are past their time at `now_us`; returns how many
-    /// were removed. An adapter whose database does this by itself returns 0.
+    /// were removed. An adapter whose database does this by itself returns 0, and until then hides them.
     fn sweep(&self, now_us: u64, limit: usize) -> BoxFuture<'static, Result<usize, StoreError>>;
 
-    /// How much the store holds.
+    /// How much the store holds. A store that nodes share may answer with a count that it made a while ago.
     fn stats(&self) -> BoxFuture<'static, Result<Stats, StoreError>>;
+
+    /// The time in which inboxes are due: all nodes that share the store have it in common.
+    fn clock(&self) -> SharedClock;
 }
 
 /// Hears of each new message once it is durable, before its sender does.
@@ -322,35 +328,15 @@ pub struct StoreOptions {
     pub metrics: Metrics,
 }
 
-/// Where a store is, as configured.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Location {
-    /// `redb:PATH`: a file on this machine.
-    Redb(PathBuf),
-}
-
-/// A store's location does not have a known form.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is not the location of a store; write redb:PATH, for example redb:/var/lib/sanjay/inbox.redb")]
-pub struct LocationError(String);
-
-impl std::str::FromStr for Location {
-    type Err = LocationError;
-
-    fn from_str(text: &str) -> Result<Self, LocationError> {
-        match text.split_once(':') {
-            Some(("redb", path)) if !path.is_empty() => Ok(Location::Redb(path.into())),
-            _ => Err(LocationError(text.to_owned())),
-        }
-    }
-}
-
 /// Why a store could not be opened. The text says what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     /// The redb file.
     #[error(transparent)]
     Redb(#[from] redb::OpenError),
+    /// The database.
+    #[error(transparent)]
+    Mongodb(#[from] mongodb::OpenError),
 }
 
 /// Opens the store at a location; takes a while when a file is repaired after a crash.
@@ -360,5 +346,6 @@ pub enum OpenError {
 pub async fn open(location: &Location, options: StoreOptions) -> Result<Arc<dyn InboxStore>, OpenError> {
     match location {
         Location::Redb(path) => Ok(Arc::new(redb::RedbStore::open(path.clone(), options).await?)),
+        Location::Mongodb(database) => Ok(Arc::new(mongodb::MongoStore::open(database, options).await?)),
     }
 }

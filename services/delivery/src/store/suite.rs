@@ -18,6 +18,9 @@ pub(crate) const MAX_UNSETTLED: u64 = 20;
 
 /// Opens a store, and the same store again.
 pub(crate) trait Harness {
+    /// Whether the database removes by itself what is past its time.
+    const SWEPT_BY_DATABASE: bool = false;
+
     fn clock(&self) -> &Arc<ManualClock>;
     /// Closes the store, when it is open, and opens it.
     fn reopen(&mut self) -> impl Future<Output = Arc<dyn InboxStore>>;
@@ -165,8 +168,10 @@ async fn receipts_are_kept_for_their_time<H: Harness>(mut harness: H) {
     assert_eq!(store.lookup("eve".to_owned(), Uuid::from_u128(1)).await, Ok(None));
     assert_eq!(store.sweep(clock.now_us(), 100).await, Ok(0));
     clock.advance(RECEIPT_RETENTION + Duration::from_micros(1));
-    assert_eq!(store.sweep(clock.now_us(), 1).await, Ok(1));
-    assert_eq!(store.sweep(clock.now_us(), 100).await, Ok(1));
+    if !H::SWEPT_BY_DATABASE {
+        assert_eq!(store.sweep(clock.now_us(), 1).await, Ok(1));
+        assert_eq!(store.sweep(clock.now_us(), 100).await, Ok(1));
+    }
     assert_eq!(store.sweep(clock.now_us(), 100).await, Ok(0));
     assert_eq!(look(1).await, Ok(None));
     // What is not settled stays, however old it is.
@@ -260,6 +265,8 @@ async fn parking_holds_until_something_arms<H: Harness>(mut harness: H) {
     let claimed = claim().await.unwrap().remove(0);
     // Neither is a reader.
     store.arm(vec!["bob".to_owned(), "nobody".to_owned()]);
+    // The hint is not awaited, but it is done before what is submitted for the user after it.
+    store.ack(vec![settle("bob", claimed.epoch, &[], 0)]).await.remove(0).unwrap();
     park(claimed.armed).await.unwrap();
     clock.advance(FIRST_DUE);
     let claimed = claim().await.unwrap().remove(0);
@@ -267,8 +274,7 @@ async fn parking_holds_until_something_arms<H: Harness>(mut harness: H) {
     clock.advance(Duration::from_secs(3_600));
     assert_eq!(claim().await, Ok(vec![]));
     store.arm(vec!["bob".to_owned()]);
-    // The hint is not awaited, but it is done before what is submitted after it.
-    store.ack(vec![]).await;
+    store.ack(vec![settle("bob", claimed.epoch, &[], 0)]).await.remove(0).unwrap();
     clock.advance(FIRST_DUE);
     assert_eq!(claim().await.unwrap()[0].user, "bob");
 }

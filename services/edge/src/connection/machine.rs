@@ -14,6 +14,7 @@ use sanjay_protocol::{
     limits,
     token::{Action, Capabilities, Claims},
 };
+use sanjay_runtime::trace::{TRACEPARENT_LEN, is_sampled};
 use uuid::Uuid;
 
 use crate::{
@@ -111,6 +112,8 @@ pub enum Effect {
         epoch: u64,
         /// What was pushed and acked.
         ranges: Vec<(u64, u64)>,
+        /// What the client returned of the newest one's trace; empty when that is not recorded.
+        trace: String,
     },
     /// End the connection.
     Close(CloseCode, Cow<'static, str>),
@@ -421,7 +424,13 @@ impl Machine {
         std::mem::swap(effects, &mut forward);
         if !ranges.is_empty() {
             self.outstanding += 1;
-            effects.push(Effect::Ack { id, epoch, ranges });
+            // A client's text goes no further unless it is what the edge gave it.
+            let trace = if is_sampled(&ack.trace) && ack.trace.len() == TRACEPARENT_LEN {
+                ack.trace
+            } else {
+                String::new()
+            };
+            effects.push(Effect::Ack { id, epoch, ranges, trace });
         } else if id.is_some() {
             let why = "nothing in these ranges was sent on this connection; ack what it was sent";
             send(id, Event::Error(ErrorBody::new(ErrorCode::BadRequest, why)), effects);

@@ -123,7 +123,7 @@ fn without_credit_nothing_is_read() {
         panic!("{effects:?}");
     };
     assert_eq!((&welcome.inbox, welcome.features.len()), (&None, 0));
-    let ack = Command::Ack(Ack { ranges: vec![(1, 1)] });
+    let ack = Command::Ack(Ack { ranges: vec![(1, 1)], trace: String::new() });
     assert_eq!(error_code(&on(&mut machine, command(2, ack))), Some(ErrorCode::BadRequest));
 }
 
@@ -261,14 +261,18 @@ fn channels_of_a_connection_are_bounded() {
 #[test]
 fn an_ack_settles_what_was_pushed() {
     let mut machine = ready("good");
-    let ack = |id, from, to| {
-        let ack = Command::Ack(Ack { ranges: vec![(from, to)] });
+    const TRACE: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+    let traced = |id, from, to, trace: &str| {
+        let ack = Command::Ack(Ack { ranges: vec![(from, to)], trace: trace.to_owned() });
         Input::Command(Envelope { id, command: ack })
     };
-    let expected = Effect::Ack { id: None, epoch: 7, ranges: vec![(1, 2)] };
-    assert_eq!(on(&mut machine, ack(None, 1, 900)), [expected]);
-    let expected = Effect::Ack { id: Some(5), epoch: 7, ranges: vec![(2, 2)] };
-    assert_eq!(on(&mut machine, ack(Some(5), 2, 2)), [expected]);
+    let ack = |id, from, to| traced(id, from, to, "");
+    let expected = Effect::Ack { id: None, epoch: 7, ranges: vec![(1, 2)], trace: TRACE.into() };
+    assert_eq!(on(&mut machine, traced(None, 1, 900, TRACE)), [expected]);
+    for useless in ["x", &TRACE.replace("-01", "-00"), &format!("{TRACE}-{}", "y".repeat(9_000))] {
+        let expected = Effect::Ack { id: Some(5), epoch: 7, ranges: vec![(2, 2)], trace: String::new() };
+        assert_eq!(on(&mut machine, traced(Some(5), 2, 2, useless)), [expected]);
+    }
     let acked = on(&mut machine, Input::Acked(Some(5), Ok(())));
     assert_eq!(acked, [Effect::Send(EventEnvelope { id: Some(5), event: Event::Ok(Empty {}) })]);
     assert_eq!(on(&mut machine, ack(None, 3, 3)), [], "nothing that was pushed");
@@ -305,7 +309,7 @@ fn ops() -> impl Strategy<Value = Vec<Op>> {
         4 => channel().prop_map(|channel| Op::Command(Command::Subscribe(Subscribe { channel }))),
         2 => channel().prop_map(|channel| Op::Command(Command::Unsubscribe(Unsubscribe { channel }))),
         4 => channel().prop_map(move |channel| Op::Command(Command::Publish(publish(channel)))),
-        3 => (1..9u64).prop_map(|to| Op::Command(Command::Ack(Ack { ranges: vec![(1, to)] }))),
+        3 => (1..9u64).prop_map(|to| Op::Command(Command::Ack(Ack { ranges: vec![(1, to)], trace: String::new() }))),
         1 => (1..9u32).prop_map(|n| Op::Command(Command::Credit(Credit { n }))),
         1 => Just(Op::Refused),
         8 => prop::bool::weighted(0.8).prop_map(Op::Answer),

@@ -43,6 +43,7 @@ impl<T: Transport> Shard<T> {
                 }
             }
             self.relieve();
+            self.announce_some();
             self.report_milestones();
         }
     }
@@ -137,6 +138,7 @@ impl<T: Transport> Shard<T> {
                 epoch,
                 ranges: Vec::new(),
                 written: cursor.last(),
+                trace: String::new(),
             });
         }
     }

@@ -13,11 +13,9 @@ use sanjay_protocol::{
     json::{self, Refused},
     token::Capabilities,
 };
-use sanjay_runtime::{
-    random::{fraction, uuid_v4, uuid_v7},
-    trace,
-};
+use sanjay_runtime::random::{fraction, uuid_v4, uuid_v7};
 use sanjay_websocket::{Opcode, Transport, encode};
+use tracing::Span;
 use uuid::Uuid;
 
 use super::{
@@ -31,6 +29,7 @@ use crate::{
         Connection, Life, MAX_WAITING_TO_READ, NEVER, Wrote,
         machine::{Effect, Input, Surroundings, Terms},
     },
+    spans::{self, Origin},
     upstream::{AckRequest, ClientPublish, ConnKey, LinkRequest, ReadRequest, ShardEvent},
     verifier::TokenVerifier,
 };
@@ -53,12 +52,17 @@ pub struct Turn<'a, T: Transport> {
     /// Envelopes that go out together.
     out: Vec<u8>,
     effects: Vec<Effect>,
+    /// Spans of inbox messages in `out`; of those alone that are recorded.
+    pushes: Vec<Span>,
+    /// Where inbox messages come from that the present input has pushed.
+    from: Origin,
 }
 
 impl<'a, T: Transport> Turn<'a, T> {
     /// Begins a turn; [`Turn::end`] sends what came together.
     pub fn new(shard: &'a Rc<Shard<T>>, conn: &'a Rc<Connection<T>>) -> Self {
-        Self { shard, conn, out: shard.spare.take(), effects: Vec::new() }
+        let out = shard.spare.take();
+        Self { shard, conn, out, effects: Vec::new(), pushes: Vec::new(), from: Origin::Hint }
     }
 
     /// A turn with one input.
@@ -100,6 +104,8 @@ impl<'a, T: Transport> Turn<'a, T> {
         let mut inputs = VecDeque::from([input]);
         let mut effects = std::mem::take(&mut self.effects);
         while let Some(input) = inputs.pop_front() {
+            // Nothing else than these two pushes.
+            self.from = if matches!(input, Input::Page(_)) { Origin::Read } else { Origin::Hint };
             self.conn.machine.borrow_mut().on(input, &**self.shard, &mut effects);
             for effect in effects.drain(..) {
                 inputs.extend(self.carry_out(effect));
@@ -130,7 +136,7 @@ impl<'a, T: Transport> Turn<'a, T> {
             Effect::Join(id, channel) => return self.join(id, channel),
             Effect::Leave(id, channel) => return Some(self.leave(id, &channel)),
             Effect::Publish(id, publish) => self.publish(id, publish),
-            Effect::Ack { id, epoch, ranges } => self.ack(id, epoch, ranges),
+            Effect::Ack { id, epoch, ranges, trace } => self.ack(id, epoch, ranges, trace),
             Effect::Close(code, why) => {
                 self.flush();
                 self.shard.close(self.conn, code, &why, false);
@@ -206,7 +212,7 @@ impl<'a, T: Transport> Turn<'a, T> {
     fn publish(&mut self, id: Option<u64>, Publish { channel, payload, dedupe }: Publish) {
         let common = &self.shard.common;
         let message_id = uuid_v7(&*common.clock, &*common.random);
-        let span = tracing::info_span!("publish", otel.kind = "producer", message_id = %message_id);
+        let trace = spans::publish(message_id, &channel);
         self.shard.milestone(message_id.as_bytes(), "received", String::new());
         self.shard.upstream.link.send(LinkRequest::Publish(Box::new(ClientPublish {
             conn: self.conn.key,
@@ -216,16 +222,12 @@ impl<'a, T: Transport> Turn<'a, T> {
             publisher: self.conn.machine.borrow().user().to_string(),
             dedupe_key: dedupe,
             message_id,
-            trace: trace::traceparent(&span),
+            trace,
         })));
     }
 
     fn push_inbox(&mut self, mut message: InboxMessage) {
-        if !message.trace.is_empty() {
-            let span = tracing::info_span!("push", otel.kind = "consumer", seq = message.seq);
-            trace::set_parent(&span, &message.trace);
-            message.trace = trace::traceparent(&span);
-        }
+        self.pushes.extend(spans::push(&mut message, self.from));
         json::encode_inbox(&message, &mut self.out);
         self.shard.common.metrics.inbox_deliveries.inc();
         self.shard.milestone(&message.message_id, "written", "1 socket".to_owned());
@@ -235,7 +237,7 @@ impl<'a, T: Transport> Turn<'a, T> {
         self.flush_if_large();
     }
 
-    fn ack(&mut self, id: Option<u64>, epoch: u64, ranges: Vec<(u64, u64)>) {
+    fn ack(&mut self, id: Option<u64>, epoch: u64, ranges: Vec<(u64, u64)>, trace: String) {
         let machine = self.conn.machine.borrow();
         // What was acked reached the client, whatever may wait for the socket now.
         let written = ranges.iter().map(|(_, to)| *to).max().unwrap_or_default();
@@ -246,6 +248,7 @@ impl<'a, T: Transport> Turn<'a, T> {
             epoch,
             ranges,
             written,
+            trace,
         });
     }
 
@@ -266,7 +269,8 @@ impl<'a, T: Transport> Turn<'a, T> {
         if !self.out.is_empty() {
             let frame = encode(Opcode::Text, &self.out);
             self.out.clear();
-            self.shard.deliver(self.conn, &frame);
+            let wrote = self.shard.deliver(self.conn, &frame);
+            spans::pushed(&mut self.pushes, wrote);
         }
     }
 

@@ -9,7 +9,6 @@ use sanjay_protocol::{
     event::{Gap, Goaway, Subscribed},
     json,
 };
-use sanjay_runtime::trace;
 use sanjay_websocket::{Opcode, Transport, encode};
 
 use super::{
@@ -19,26 +18,36 @@ use super::{
 };
 use crate::{
     connection::{Connection, MAX_WAITING_TO_READ, Wrote, machine::Input},
+    spans::ChannelPush,
     upstream::{LinkRequest, link},
 };
 
 /// Sockets written before other connections of the shard get their turn: 10,000 in a row would hold it for 50 ms.
 const SOCKETS_A_TURN: usize = 256;
 
+/// Sessions that a shard announces in a tick, 50,000 a second.
+const SESSIONS_A_TICK: usize = 1_024;
+
+/// Requests that may wait for the control runtime before a shard announces no more sessions.
+const SESSIONS_AHEAD: usize = 1_024;
+
 impl<T: Transport> Shard<T> {
     /// A channel message: encoded once, its bytes shared by every subscriber.
-    pub(super) async fn fan_out(&self, publication: &Arc<Publication>) {
+    pub(super) async fn fan_out(&self, publication: &Arc<Publication>, push: Option<Arc<ChannelPush>>) {
         let Publication { channel: name, epoch, offset, .. } = &**publication;
         self.common.metrics.publications.inc();
         let step = self.hub.borrow_mut().on_publication(name, epoch, *offset);
         let Step::Deliver { channel, missed } = step else { return };
-        let mut frame = encode(Opcode::Text, &encode_traced(publication));
+        let mut frame = encode(Opcode::Text, &json::encode_publication(publication));
         if let Some(missed) = missed {
             // In one write with the message, so that who joins meanwhile gets neither.
             frame = [gap_frame(name, epoch, missed), frame].concat().into();
             self.common.metrics.gaps.inc();
         }
         let sockets = self.broadcast(channel, usize::MAX, &frame).await;
+        if let Some(push) = push {
+            push.wrote(sockets);
+        }
         self.common.metrics.deliveries.inc_by(sockets as u64);
         self.milestone(&publication.message_id, "written", format!("{sockets} sockets"));
     }
@@ -125,9 +134,26 @@ impl<T: Transport> Shard<T> {
         self.for_each(|conn| Turn::once(self, conn, Input::Resync)).await;
     }
 
-    /// Another stream to a router began: sessions are announced again.
-    pub(super) async fn announce(self: &Rc<Self>) {
-        self.for_each(|conn| {
+    /// Another stream to a router began: sessions are announced again, some with each tick.
+    pub(super) fn announce(&self) {
+        *self.announcing.borrow_mut() = self.all();
+        self.announce_some();
+    }
+
+    /// Announces some of the sessions that are left, unless enough wait already: what clients ask for meanwhile
+    /// is not to wait behind tens of thousands of sessions.
+    pub(super) fn announce_some(&self) {
+        let mut left = self.announcing.borrow_mut();
+        for _ in 0..SESSIONS_A_TICK {
+            if left.is_empty() {
+                *left = Vec::new();
+            }
+            if self.upstream.link.waiting() >= SESSIONS_AHEAD {
+                return;
+            }
+            let Some(key) = left.pop() else { return };
+            // Who is gone by now is not announced, and who came has announced itself.
+            let Some(conn) = self.connection(key) else { continue };
             let machine = conn.machine.borrow();
             if machine.is_identified() {
                 self.upstream.link.send(LinkRequest::OpenSession {
@@ -137,8 +163,7 @@ impl<T: Transport> Shard<T> {
                     inbox: machine.inbox().is_some(),
                 });
             }
-        })
-        .await;
+        }
     }
 
     /// No router can be attached to: every client is told that channels rest.
@@ -242,15 +267,4 @@ fn push(event: Event) -> Bytes {
     let mut envelope = Vec::new();
     json::encode(&EventEnvelope { id: None, event }, &mut envelope);
     encode(Opcode::Text, &envelope)
-}
-
-/// The envelope of a publication whose trace names this hop.
-fn encode_traced(publication: &Arc<Publication>) -> Vec<u8> {
-    if publication.trace.is_empty() {
-        return json::encode_publication(publication);
-    }
-    let span = tracing::info_span!("push", otel.kind = "consumer", offset = publication.offset);
-    trace::set_parent(&span, &publication.trace);
-    let trace = trace::traceparent(&span);
-    json::encode_publication(&Publication { trace, ..(**publication).clone() })
 }

@@ -278,7 +278,8 @@ impl Hub {
 /// What lies between the newest offset that was handed out and the next one.
 fn missed_between(top: &Top, epoch: &str, next: u64) -> Option<Missed> {
     if *top.epoch != *epoch {
-        return Some(Missed { from: 0, to: next - 1 });
+        // A gap may say that an epoch began of which nothing was published yet.
+        return Some(Missed { from: 0, to: next.saturating_sub(1) });
     }
     (next > top.offset + 1).then(|| Missed { from: top.offset + 1, to: next - 1 })
 }

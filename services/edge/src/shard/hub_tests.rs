@@ -38,6 +38,8 @@ fn what_was_missed_is_told() {
     let (_, confirmed) = hub.on_subscribed("a", top("f", 3)).unwrap();
     assert_eq!(confirmed.missed, Some(Missed { from: 0, to: 3 }), "another epoch");
     assert_eq!(hub.on_publication("a", "f", 4), Step::Deliver { channel, missed: None });
+    // Another epoch began, and nothing was published in it yet.
+    assert_eq!(hub.on_gap("a", "g", 0), Some((channel, Missed { from: 0, to: 0 })));
 }
 
 #[test]

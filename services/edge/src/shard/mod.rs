@@ -116,6 +116,8 @@ pub struct Shard<T> {
     now: Cell<Tick>,
     capabilities: RefCell<BTreeSet<Rc<Capabilities>>>,
     milestones: RefCell<Vec<Milestone>>,
+    /// Connections whose sessions the new router has not been told of yet.
+    announcing: RefCell<Vec<ConnKey>>,
     /// Connections with a backlog, to be looked at again when there is room upstream.
     congested: RefCell<Vec<ConnKey>>,
     nobody: Rc<str>,
@@ -139,6 +141,7 @@ impl<T: Transport> Shard<T> {
             now: Cell::new(0),
             capabilities: RefCell::default(),
             milestones: RefCell::default(),
+            announcing: RefCell::default(),
             congested: RefCell::default(),
             nobody: Rc::from(""),
             spare: RefCell::default(),
@@ -158,12 +161,12 @@ impl<T: Transport> Shard<T> {
 
     async fn on_event(self: &Rc<Self>, event: ShardEvent) {
         match event {
-            ShardEvent::Publication(publication) => self.fan_out(&publication).await,
+            ShardEvent::Publication(publication, push) => self.fan_out(&publication, push).await,
             ShardEvent::Gap(channel, epoch, top) => self.on_gap(&channel, &epoch, top).await,
             ShardEvent::Subscribed(channel, result) => self.on_subscribed(&channel, result).await,
             ShardEvent::Hint(hint) => self.on_hint(&hint),
             ShardEvent::Resync => self.resync().await,
-            ShardEvent::Attached => self.announce().await,
+            ShardEvent::Attached => self.announce(),
             ShardEvent::Away => self.tell_away().await,
             ShardEvent::Drain => self.drain().await,
             ShardEvent::SessionOpened(..)

@@ -16,11 +16,12 @@ use sanjay_proto::{
     },
 };
 use sanjay_protocol::{ErrorBody, ErrorCode};
-use sanjay_runtime::{Lifecycle, SharedRandom, grpc::PeerChannel, random::full_jitter};
-use tokio::{
-    sync::{Semaphore, mpsc},
-    time::timeout,
+use sanjay_runtime::{
+    Lifecycle, SharedRandom,
+    grpc::{Call, PeerChannel, PeerError, PeerPool},
+    random::full_jitter,
 };
+use tokio::sync::{Semaphore, mpsc};
 use tonic::Code;
 
 use super::{AckRequest, ReadRequest, ShardEvent, shards::Replies};
@@ -51,7 +52,7 @@ fn client(channel: PeerChannel) -> InboxClient<PeerChannel> {
 
 /// The reading task: ends when the shards are gone.
 pub async fn read(
-    channel: PeerChannel,
+    delivery: PeerPool,
     mut requests: mpsc::Receiver<ReadRequest>,
     replies: Replies,
     lifecycle: Lifecycle,
@@ -65,11 +66,11 @@ pub async fn read(
         if requests.recv_many(&mut batch, MAX_BATCH).await == 0 {
             return;
         }
-        let (channel, replies, metrics) = (channel.clone(), replies.clone(), Arc::clone(&metrics));
+        let (delivery, replies, metrics) = (delivery.clone(), replies.clone(), Arc::clone(&metrics));
         let away = Arc::clone(&away);
         lifecycle.spawn("edge: inbox read", async move {
             let _call = call;
-            let result = read_batch(channel, batch, &replies, &metrics).await;
+            let result = read_batch(&delivery, batch, &replies, &metrics).await;
             log_change(&away, result);
         });
     }
@@ -77,7 +78,7 @@ pub async fn read(
 
 /// Reads some inboxes and answers each; says what went wrong with the call.
 async fn read_batch(
-    channel: PeerChannel,
+    delivery: &PeerPool,
     batch: Vec<ReadRequest>,
     replies: &Replies,
     metrics: &Metrics,
@@ -89,14 +90,12 @@ async fn read_batch(
         })
         .unzip();
     metrics.inbox_reads.inc_by(queries.len() as u64);
-    let result = timeout(READ_TIMEOUT, client(channel).read_inbox(ReadInboxRequest { queries })).await;
-    let mut pages = match result.map(|result| result.map(tonic::Response::into_inner)) {
-        Ok(Ok(ReadInboxResponse { pages })) if pages.len() == conns.len() => Ok(pages.into_iter()),
-        Ok(Ok(_)) => Err(away("delivery answered another number of pages than were asked for")),
-        Ok(Err(status)) => {
-            Err(away(&format!("delivery is away ({:?}: {})", status.code(), status.message())))
-        }
-        Err(_) => Err(away("delivery did not answer in time")),
+    let read = async |channel, request| client(channel).read_inbox(request).await;
+    let result = delivery.call(Call::idempotent(READ_TIMEOUT), ReadInboxRequest { queries }, read).await;
+    let mut pages = match result {
+        Ok(ReadInboxResponse { pages }) if pages.len() == conns.len() => Ok(pages.into_iter()),
+        Ok(_) => Err(away("delivery answered another number of pages than were asked for")),
+        Err(error) => Err(away(&error.to_string())),
     };
     let outcome = pages.as_ref().map(|_| ()).map_err(|error| error.message.clone());
     for conn in conns {
@@ -136,7 +135,7 @@ fn log_change(away: &AtomicBool, outcome: Result<(), String>) {
 ///
 /// While delivery is away acks wait here and in the lanes of the shards, which then stop reading sockets.
 pub async fn ack(
-    channel: PeerChannel,
+    delivery: PeerPool,
     mut requests: mpsc::Receiver<AckRequest>,
     replies: Replies,
     random: SharedRandom,
@@ -146,7 +145,7 @@ pub async fn ack(
     let mut attempt = 0;
     while requests.recv_many(&mut batch, MAX_BATCH).await > 0 {
         while !batch.is_empty() {
-            let why = match ack_batch(channel.clone(), &batch, &metrics).await {
+            let why = match ack_batch(&delivery, &batch, &metrics).await {
                 Ok(results) => settle(&mut batch, results, &replies),
                 Err(Failure::Refused(why)) => {
                     tracing::error!(
@@ -204,25 +203,20 @@ enum Failure {
 }
 
 async fn ack_batch(
-    channel: PeerChannel,
+    delivery: &PeerPool,
     batch: &[AckRequest],
     metrics: &Metrics,
 ) -> Result<Vec<UserAckResult>, Failure> {
     let acks: Vec<UserAck> = batch.iter().map(user_ack).collect();
     metrics.acks.inc_by(acks.len() as u64);
-    match timeout(ACK_TIMEOUT, client(channel).ack(PbAckRequest { acks })).await {
-        Ok(Ok(response)) => {
-            let results = response.into_inner().results;
-            if results.len() == batch.len() {
-                return Ok(results);
-            }
-            Err(Failure::Away("delivery answered another number of acks than were sent".to_owned()))
+    let ack = async |channel, request| client(channel).ack(request).await;
+    match delivery.call(Call::idempotent(ACK_TIMEOUT), PbAckRequest { acks }, ack).await {
+        Ok(response) if response.results.len() == batch.len() => Ok(response.results),
+        Ok(_) => Err(Failure::Away("delivery answered another number of acks than were sent".to_owned())),
+        Err(PeerError::Refused { code: Code::InvalidArgument, message, .. }) => {
+            Err(Failure::Refused(message))
         }
-        Ok(Err(status)) if status.code() == Code::InvalidArgument => {
-            Err(Failure::Refused(status.message().to_owned()))
-        }
-        Ok(Err(status)) => Err(Failure::Away(format!("{:?}: {}", status.code(), status.message()))),
-        Err(_) => Err(Failure::Away(format!("no answer within {ACK_TIMEOUT:?}"))),
+        Err(error) => Err(Failure::Away(error.to_string())),
     }
 }
 
@@ -239,6 +233,7 @@ fn user_ack(request: &AckRequest) -> UserAck {
         acked: request.ranges.iter().map(|&(from, to)| SeqRange { from, to }).collect(),
         written: request.written,
         milestones: Vec::new(),
+        trace: request.trace.clone(),
     }
 }
 

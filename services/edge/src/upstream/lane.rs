@@ -49,6 +49,11 @@ impl<R> Lane<R> {
         self.waiting.borrow().is_empty() && (self.queue.capacity() >= RESERVE || self.queue.is_closed())
     }
 
+    /// How many requests wait, of all shards.
+    pub fn waiting(&self) -> usize {
+        self.queue.max_capacity() - self.queue.capacity() + self.waiting.borrow().len()
+    }
+
     /// Sends what waits, as far as there is room.
     pub fn flush(&self) {
         let mut waiting = self.waiting.borrow_mut();

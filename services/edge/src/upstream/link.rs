@@ -1,7 +1,10 @@
-//! The stream to a router: announces what the shards hold, hands out what arrives, attaches again when it ends.
+//! The stream to a router: announces what the shards hold, hands out what arrives, attaches again, to whichever
+//! router serves, when it ends.
 
 use std::{
     collections::{HashMap, VecDeque},
+    convert::Infallible,
+    pin::pin,
     sync::Arc,
     time::Duration,
 };
@@ -10,31 +13,25 @@ use futures::StreamExt;
 use prost::Message as _;
 use sanjay_proto::{
     LINK_VERSION,
-    edge::v1::{
-        self as pb, AttachRequest, AttachResponse, EdgeEvent, EdgeHello, edge_event, router_event,
-        router_link_client::RouterLinkClient,
-    },
+    edge::v1::{self as pb, AttachRequest, AttachResponse, EdgeEvent, EdgeHello, edge_event, router_event},
 };
 use sanjay_protocol::{ErrorBody, ErrorCode, event::Published, json};
-use sanjay_runtime::{ReadinessFlag, SharedRandom, grpc::PeerChannel, random::full_jitter};
+use sanjay_runtime::{ReadinessFlag, SharedRandom, grpc::PeerPool};
 use tokio::{
     sync::mpsc,
-    time::{Instant, timeout},
+    time::{Instant, sleep},
 };
-use tokio_stream::wrappers::ReceiverStream;
-use tonic::Streaming;
+use tonic::{Code, Streaming};
 
 use super::{
     ConnKey, LinkRequest, ShardEvent,
+    search::{Ended, Fruitless, Search, attach, problem},
     shards::{Shards, shards_of},
 };
 use crate::metrics::Metrics;
 
-/// How long a router has to answer an attach.
-const ATTACH_TIMEOUT: Duration = Duration::from_secs(2);
-
-/// Back-off between attaches: full jitter from 100 ms up to this.
-const MAX_BACKOFF: Duration = Duration::from_secs(2);
+/// How long requests wait for another router before they are refused: attaching usually takes milliseconds.
+const GRACE: Duration = Duration::from_millis(500);
 
 /// Events that wait for the stream. While so many do, no more requests are taken from the shards. A new stream
 /// begins with one event for each channel that is held, whatever their number.
@@ -46,8 +43,9 @@ const MAX_BATCH: usize = 512;
 /// Most bytes in one message, unless its first event alone is larger: well below what a router takes.
 const MAX_BATCH_BYTES: usize = 1024 * 1024;
 
-/// A stream that lasted so long was a good one: the next attach does not wait longer than the first.
-const GOOD_STREAM: Duration = Duration::from_secs(10);
+/// Sessions that wait for the router's answer before no more requests are taken: behind the announcement of very
+/// many, what clients ask for waits no longer than these take.
+const MAX_OPENING: usize = 2_048;
 
 /// How often the shards are offered what they missed, while they missed something.
 const FLUSH_EVERY: Duration = Duration::from_millis(20);
@@ -58,8 +56,8 @@ pub struct Parts {
     pub node: String,
     /// Of this start of the process.
     pub incarnation: u64,
-    /// To the router.
-    pub channel: PeerChannel,
+    /// The routers, one of which is attached to.
+    pub routers: PeerPool,
     /// From the shards.
     pub requests: mpsc::Receiver<LinkRequest>,
     /// To the shards.
@@ -74,79 +72,69 @@ pub struct Parts {
 
 /// The task: never ends by itself.
 pub async fn run(parts: Parts) {
-    let Parts { node, incarnation, channel, mut requests, shards, random, ready, metrics } = parts;
+    let Parts { node, incarnation, routers, mut requests, shards, random, ready, metrics } = parts;
     let mut state =
         State { shards, routes: HashMap::new(), waiting: VecDeque::new(), asked: Asked::default() };
-    let (mut attempt, mut told_away) = (0, false);
+    let mut search = Search::new(routers.clone(), random);
+    let mut told_away = false;
+    state.refusing(&mut requests, GRACE, routers.settled()).await;
     loop {
+        let grace = |told_away| if told_away { Duration::ZERO } else { GRACE };
+        let router = match search.next() {
+            Ok(router) => router,
+            Err(Fruitless { why, pause, attempt }) => {
+                if let Some(why) = why {
+                    // A router that is only restarted is back by now; clients need not hear of that.
+                    if !std::mem::replace(&mut told_away, true) {
+                        state.shards.replies().tell_all(|| ShardEvent::Away);
+                    }
+                    let setting = routers.setting();
+                    tracing::warn!(
+                        why,
+                        attempt,
+                        setting,
+                        "cannot attach to a router; check that one runs and the setting names it"
+                    );
+                }
+                state.refusing(&mut requests, grace(told_away), sleep(pause)).await;
+                continue;
+            }
+        };
         let hello = EdgeHello {
             version: LINK_VERSION,
             build: env!("CARGO_PKG_VERSION").to_owned(),
             edge_id: node.clone(),
             incarnation,
         };
-        match attach(channel.clone(), hello).await {
-            Ok((outbound, inbound, router)) => {
-                tracing::info!(
-                    router = router.router_id,
-                    incarnation = router.incarnation,
-                    "attached to a router"
-                );
+        let attached =
+            state.refusing(&mut requests, grace(told_away), attach(router.channel(0), hello)).await;
+        match attached {
+            Ok((outbound, inbound, hello)) => {
+                let (id, incarnation) = (hello.router_id, hello.incarnation);
+                tracing::info!(router = id, endpoint = %router, incarnation, "attached to a router");
+                search.attached(&router);
                 ready.set(true);
                 metrics.attached.set(1);
                 told_away = false;
                 let began = Instant::now();
                 state.announce();
-                let why = state.serve(&mut requests, outbound, inbound).await;
-                attempt = if began.elapsed() >= GOOD_STREAM { 0 } else { attempt.max(1) + 1 };
+                let lost = routers.until_lost(&router);
+                let ended = state.serve(&mut requests, outbound, inbound, lost).await;
                 state.detached();
                 ready.set(false);
                 metrics.attached.set(0);
-                tracing::warn!(why, "the stream to the router ended; attaching again");
+                let why = &ended.why;
+                tracing::warn!(why, endpoint = %router, "the stream to the router ended; attaching again");
+                search.ended(router, &ended, began.elapsed());
             }
             Err(why) => {
-                attempt += 1;
-                // A router that is only restarted is back by now; clients need not hear of that.
-                if !std::mem::replace(&mut told_away, true) {
-                    state.shards.replies().tell_all(|| ShardEvent::Away);
-                }
-                tracing::warn!(
-                    why,
-                    attempt,
-                    "cannot attach to a router; check that it runs and edge.router names it"
-                );
+                tracing::debug!(why, endpoint = %router, "a router did not take the edge");
+                search.refused(router, &why);
             }
         }
         if requests.is_closed() && requests.is_empty() {
             return;
         }
-        let pause = full_jitter(&*random, attempt, Duration::from_millis(100), MAX_BACKOFF);
-        let _ = timeout(pause, state.refuse(&mut requests)).await;
-    }
-}
-
-type Attached = (mpsc::Sender<AttachRequest>, Streaming<AttachResponse>, pb::RouterHello);
-
-async fn attach(channel: PeerChannel, hello: EdgeHello) -> Result<Attached, String> {
-    let (outbound, stream) = mpsc::channel(4);
-    let _ = outbound.try_send(AttachRequest { hello: Some(hello), events: Vec::new() });
-    let mut client = RouterLinkClient::new(channel);
-    let attach = async {
-        let response = client
-            .attach(ReceiverStream::new(stream))
-            .await
-            .map_err(|status| format!("{:?}: {}", status.code(), status.message()))?;
-        let mut inbound = response.into_inner();
-        match inbound.message().await {
-            Ok(Some(AttachResponse { hello: Some(hello), .. })) => Ok((inbound, hello)),
-            Ok(_) => Err("the router did not say hello".to_owned()),
-            Err(status) => Err(format!("{:?}: {}", status.code(), status.message())),
-        }
-    };
-    match timeout(ATTACH_TIMEOUT, attach).await {
-        Ok(Ok((inbound, hello))) => Ok((outbound, inbound, hello)),
-        Ok(Err(why)) => Err(why),
-        Err(_) => Err(format!("no answer within {ATTACH_TIMEOUT:?}")),
     }
 }
 
@@ -176,26 +164,31 @@ struct Asked {
 }
 
 impl State {
-    /// Moves events both ways until the stream ends; says why it did.
+    /// Moves events both ways until the stream ends, or its router is `lost`; says why it did.
     async fn serve(
         &mut self,
         requests: &mut mpsc::Receiver<LinkRequest>,
         outbound: mpsc::Sender<AttachRequest>,
         mut inbound: Streaming<AttachResponse>,
-    ) -> String {
+        lost: impl Future<Output = Arc<str>>,
+    ) -> Ended {
+        let mut lost = pin!(lost);
         let mut batch = Vec::new();
         let mut flush = tokio::time::interval(FLUSH_EVERY);
         flush.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
-            let room = MAX_WAITING.saturating_sub(self.waiting.len()).min(MAX_BATCH);
+            let room = match self.asked.sessions.len() {
+                opening if opening >= MAX_OPENING => 0,
+                _ => MAX_WAITING.saturating_sub(self.waiting.len()).min(MAX_BATCH),
+            };
             tokio::select! {
                 permit = outbound.reserve(), if !self.waiting.is_empty() => {
-                    let Ok(permit) = permit else { return "the router closed the stream".to_owned() };
+                    let Ok(permit) = permit else { return Ended::because("the router closed the stream") };
                     permit.send(AttachRequest { hello: None, events: self.next_batch() });
                 }
                 count = requests.recv_many(&mut batch, room), if room > 0 => {
                     if count == 0 {
-                        return "the edge shuts down".to_owned();
+                        return Ended::because("the edge shuts down");
                     }
                     batch.drain(..).for_each(|request| self.on_request(request));
                 }
@@ -203,10 +196,11 @@ impl State {
                     Some(Ok(AttachResponse { events, .. })) => {
                         events.into_iter().filter_map(|event| event.event).for_each(|event| self.on_event(event));
                     }
-                    Some(Err(status)) => return format!("{:?}: {}", status.code(), status.message()),
-                    None => return "the router ended the stream".to_owned(),
+                    Some(Err(status)) => return ended(&status),
+                    None => return Ended::because("the router ended the stream"),
                 },
                 _ = flush.tick(), if self.shards.has_marks() => self.shards.flush(),
+                why = &mut lost => return Ended::because(format!("another router serves, and this one does not: {why}")),
             }
         }
     }
@@ -222,8 +216,26 @@ impl State {
         self.waiting.drain(..count).collect()
     }
 
-    /// Between streams: what needs the router is refused or waits for the next one. Never ends.
-    async fn refuse(&mut self, requests: &mut mpsc::Receiver<LinkRequest>) {
+    /// Between streams: waits for `work`. Requests wait with it for a grace, and are refused from then on.
+    async fn refusing<T>(
+        &mut self,
+        requests: &mut mpsc::Receiver<LinkRequest>,
+        grace: Duration,
+        work: impl Future<Output = T>,
+    ) -> T {
+        let refusing = async {
+            sleep(grace).await;
+            self.refuse(requests).await
+        };
+        tokio::select! {
+            biased;
+            done = work => done,
+            never = refusing => match never {},
+        }
+    }
+
+    /// What needs the router is refused or waits for the next stream.
+    async fn refuse(&mut self, requests: &mut mpsc::Receiver<LinkRequest>) -> Infallible {
         while let Some(request) = requests.recv().await {
             match request {
                 LinkRequest::OpenSession { conn, .. } => {
@@ -242,7 +254,7 @@ impl State {
             }
             self.waiting.clear();
         }
-        std::future::pending::<()>().await;
+        std::future::pending().await
     }
 
     /// A stream begins: everything that is held is announced.
@@ -336,7 +348,7 @@ impl State {
                 let Some((name, route)) = self.routes.get_key_value(&*publication.channel) else { return };
                 let (name, mask) = (Arc::clone(name), route.mask);
                 self.moved(&name, &publication.epoch, publication.offset);
-                self.shards.publish(mask, &name, &Arc::new(publication));
+                self.shards.publish(mask, &name, publication);
             }
             router_event::Event::Inbox(hint) => self.shards.hint(&Arc::new(hint)),
             router_event::Event::Subscribed(subscribed) => self.on_subscribed(subscribed),
@@ -409,6 +421,15 @@ impl State {
 
     fn send(&mut self, event: edge_event::Event) {
         self.waiting.push_back(EdgeEvent { event: Some(event) });
+    }
+}
+
+fn ended(status: &tonic::Status) -> Ended {
+    Ended {
+        why: problem(status),
+        again: status.code() == Code::Aborted,
+        // What the router itself says has no cause on this side.
+        broken: std::error::Error::source(status).is_some(),
     }
 }
 

@@ -8,6 +8,7 @@
 pub mod inbox;
 pub mod lane;
 pub mod link;
+mod search;
 pub mod shards;
 
 use std::sync::Arc;
@@ -18,6 +19,8 @@ use sanjay_proto::{
 };
 use sanjay_protocol::{ErrorBody, event::Published};
 use uuid::Uuid;
+
+use crate::spans::ChannelPush;
 
 /// A connection of a shard. The generation tells a connection apart from a later one at the same index.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -112,6 +115,8 @@ pub struct AckRequest {
     pub ranges: Vec<(u64, u64)>,
     /// Everything up to it was written to a socket.
     pub written: u64,
+    /// W3C `traceparent` of the push of the newest message in `ranges`, as the client returned it; or empty.
+    pub trace: String,
 }
 
 /// What a shard is told.
@@ -127,8 +132,8 @@ pub enum ShardEvent {
     Page(ConnKey, Result<InboxPage, ErrorBody>),
     /// Acks are durable, or were not taken.
     Acked(ConnKey, Option<u64>, Result<(), ErrorBody>),
-    /// A channel message. Droppable.
-    Publication(Arc<Publication>),
+    /// A channel message, with its span when it is recorded. Droppable.
+    Publication(Arc<Publication>, Option<Arc<ChannelPush>>),
     /// Channel messages up to this offset were dropped on the way.
     Gap(Arc<str>, Arc<str>, u64),
     /// A message was committed to a user's inbox. Droppable.

@@ -10,7 +10,7 @@ use sanjay_proto::{client::v1::Publication, edge::v1::InboxHint};
 use sanjay_runtime::mailbox;
 
 use super::{ConnKey, ShardEvent};
-use crate::metrics::Metrics;
+use crate::{metrics::Metrics, spans::ChannelPush};
 
 /// The senders to every shard, without the marks; for answers.
 #[derive(Clone)]
@@ -69,7 +69,9 @@ impl Shards {
     }
 
     /// Hands a publication to the shards in `mask` (bit n: shard n).
-    pub fn publish(&mut self, mask: u64, name: &Arc<str>, publication: &Arc<Publication>) {
+    pub fn publish(&mut self, mask: u64, name: &Arc<str>, mut publication: Publication) {
+        let push = ChannelPush::begin(&mut publication);
+        let publication = Arc::new(publication);
         for shard in shards_of(mask).map(usize::from) {
             let Some(sender) = self.replies.0.get(shard) else { continue };
             let marks = &mut self.missed[shard];
@@ -85,7 +87,8 @@ impl Shards {
                     self.metrics.dropped_publications.inc();
                 }
                 Entry::Vacant(mark) => {
-                    if sender.try_send(ShardEvent::Publication(Arc::clone(publication))).is_err() {
+                    let event = ShardEvent::Publication(Arc::clone(&publication), push.clone());
+                    if sender.try_send(event).is_err() {
                         mark.insert((publication.epoch.as_str().into(), publication.offset));
                         self.metrics.dropped_publications.inc();
                     }

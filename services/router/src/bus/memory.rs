@@ -54,4 +54,9 @@ impl Bus for MemoryBus {
     async fn relay(&self, router: &str, hints: Vec<EdgeHint>) -> Result<bool, BusError> {
         Ok(self.memory.relay(router, hints))
     }
+
+    /// It misses nothing.
+    fn is_candid(&self) -> bool {
+        true
+    }
 }

@@ -1,13 +1,14 @@
 //! Port to what carries publications and inbox hints between routers.
 
 pub mod memory;
+pub mod redis;
 
 use std::sync::Arc;
 
 use async_trait::async_trait;
 use sanjay_proto::{client::v1::Publication, edge::v1::InboxHint};
 
-use crate::registry::{EdgeRef, Top};
+use crate::registry::EdgeRef;
 
 /// An inbox hint on its way to an edge.
 #[derive(Debug, Clone, PartialEq)]
@@ -29,6 +30,17 @@ pub enum BusError {
     Unavailable(String),
 }
 
+/// What the bus may have missed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Missed<'a> {
+    /// Publications of one channel.
+    Channel(&'a str),
+    /// Publications of any channel.
+    Channels,
+    /// Hints of any edge.
+    Hints,
+}
+
 /// Takes what the bus delivers. Called with the bus's locks held: it must return at once, and must not call
 /// the bus or the registry.
 pub trait Sink: Send + Sync + 'static {
@@ -39,8 +51,9 @@ pub trait Sink: Send + Sync + 'static {
     /// A hint for an edge of this router.
     fn hint(&self, hint: EdgeHint);
 
-    /// The bus knows that it missed publications of a channel, up to `top`.
-    fn lost(&self, channel: &str, top: &Top);
+    /// The bus was interrupted, or dropped something. Called once it delivers again; what it did miss, if
+    /// anything, is for the sink to find out.
+    fn missed(&self, what: Missed<'_>);
 }
 
 /// Carries publications to the routers that subscribed to their channels, and hints to a router by name.
@@ -48,7 +61,8 @@ pub trait Sink: Send + Sync + 'static {
 /// An adapter bounds how long a call takes and answers [`BusError::Unavailable`] beyond that.
 #[async_trait]
 pub trait Bus: Send + Sync + 'static {
-    /// Names who takes what this router gets; once, before everything else.
+    /// Names who takes what this router gets; once, before everything else. After
+    /// [`BusError::Unavailable`] the adapter goes on trying by itself.
     async fn listen(&self, sink: Arc<dyn Sink>) -> Result<(), BusError>;
 
     /// Asks for the publications of channels. When it returns, every publication whose offset is assigned
@@ -60,4 +74,10 @@ pub trait Bus: Send + Sync + 'static {
 
     /// Hands hints to another router, in order. False when no router of that name listens.
     async fn relay(&self, router: &str, hints: Vec<EdgeHint>) -> Result<bool, BusError>;
+
+    /// Whether the bus tells of everything that it missed. Of one that does not, somebody must look now and
+    /// then.
+    fn is_candid(&self) -> bool {
+        false
+    }
 }

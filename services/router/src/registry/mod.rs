@@ -1,6 +1,7 @@
 //! Port to what all routers know together: the sequence of each channel, and where users are connected.
 
 pub mod memory;
+pub mod redis;
 #[cfg(test)]
 pub(crate) mod suite;
 
@@ -135,9 +136,18 @@ pub trait Registry: Send + Sync + 'static {
     /// newer attachment of the edge exists.
     async fn detach(&self, attachment: &Attachment) -> Result<(), RegistryError>;
 
+    /// Says that attachments last. Routers call it for theirs three times within a lease: an attachment that
+    /// nobody renewed for that long counts as ended, and after another lease its sessions are removed.
+    ///
+    /// [`RegistryError::Superseded`] means that the attachment has ended, or is not known any more: the edge
+    /// must attach anew and announce everything that it holds.
+    async fn renew(&self, attachments: &[Attachment]) -> Vec<Result<(), RegistryError>>;
+
     /// Removes the edge's sessions that nobody vouches for, and returns their number: all of them when the
     /// attachment ended, those that were not announced on it while it lasts. Without effect when a newer
-    /// attachment exists. Idempotent. Compares and removes atomically for each session.
+    /// attachment exists. Idempotent. Compares and removes atomically for each session. Refused with
+    /// [`RegistryError::Unavailable`] while the registry cannot tell whether edges are gone or were only cut
+    /// off.
     async fn sweep(&self, attachment: &Attachment) -> Result<usize, RegistryError>;
 
     /// Records sessions. Idempotent; a session that is already known moves to the user, attachment and
@@ -161,6 +171,11 @@ pub trait Registry: Send + Sync + 'static {
     /// that no session is recorded, never that the registry could not tell.
     async fn locate(&self, users: &[Arc<str>]) -> Result<Vec<Vec<Location>>, RegistryError>;
 
-    /// Forgets a bounded part of what has expired; routers call it about once a second.
+    /// Whether an empty answer of [`Self::locate`] that came before means that the user is offline. False for
+    /// a lease after the registry lost what it knew: edges have not announced everything again.
+    fn is_settled(&self) -> bool;
+
+    /// Forgets a bounded part of what has expired, and removes sessions of edges whose router is gone; routers
+    /// call it about once a second.
     async fn maintain(&self) -> Result<(), RegistryError>;
 }

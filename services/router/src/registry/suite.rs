@@ -12,7 +12,7 @@ use sanjay_proto::{client::v1::Publication, edge::v1::InboxHint, router::v1::New
 use tokio::time::sleep;
 
 use super::{Assigned, Attachment, EdgeRef, Registry, RegistryError, Top, UserSession};
-use crate::bus::{Bus, EdgeHint, Sink};
+use crate::bus::{Bus, EdgeHint, Missed, Sink};
 
 /// An empty registry and the bus that it publishes on, for a router of that name.
 pub(crate) type Pair = (Arc<dyn Registry>, Arc<dyn Bus>);
@@ -24,6 +24,12 @@ pub(crate) struct Recorder {
     hints: Mutex<Vec<EdgeHint>>,
 }
 
+impl Recorder {
+    pub(crate) fn publications(&self) -> Vec<Arc<Publication>> {
+        self.publications.lock().clone()
+    }
+}
+
 impl Sink for Recorder {
     fn publication(&self, publication: &Arc<Publication>) {
         self.publications.lock().push(Arc::clone(publication));
@@ -33,8 +39,8 @@ impl Sink for Recorder {
         self.hints.lock().push(hint);
     }
 
-    fn lost(&self, channel: &str, top: &Top) {
-        panic!("the bus lost {channel} up to {top:?}");
+    fn missed(&self, what: Missed<'_>) {
+        panic!("the bus missed something: {what:?}");
     }
 }
 

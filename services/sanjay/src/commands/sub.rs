@@ -11,7 +11,7 @@ use sanjay_client::{
 };
 use tokio::sync::watch;
 
-use crate::{commands::token, output, settings::SocketArgs};
+use crate::{commands::token, output, settings::SocketArgs, signals::interrupted};
 
 /// Receive messages and print each as a line of JSON; inbox messages are acked once they are printed
 #[derive(Debug, clap::Args)]
@@ -179,14 +179,4 @@ fn print(event: Event) -> anyhow::Result<()> {
     let mut line = Vec::new();
     json::encode(&EventEnvelope { id: None, event }, &mut line);
     output::line(&String::from_utf8(line)?)
-}
-
-/// Waits for an interrupt or a request to end.
-async fn interrupted() {
-    use tokio::signal::unix::{SignalKind, signal};
-    let Ok(mut terminate) = signal(SignalKind::terminate()) else { return std::future::pending().await };
-    tokio::select! {
-        _ = tokio::signal::ctrl_c() => {}
-        _ = terminate.recv() => {}
-    }
 }

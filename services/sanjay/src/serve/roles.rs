@@ -18,10 +18,10 @@ pub(crate) struct EdgeArgs {
     /// Where clients connect [default: 127.0.0.1:8080]
     #[arg(long, value_name = "ADDR")]
     listen: Option<String>,
-    /// The router [default: http://127.0.0.1:8083]
+    /// The router, or several with commas between them [default: http://127.0.0.1:8083]
     #[arg(long, value_name = "URL")]
     router: Option<String>,
-    /// The delivery node [default: http://127.0.0.1:8082]
+    /// The delivery node, or several with commas between them [default: http://127.0.0.1:8082]
     #[arg(long, value_name = "URL")]
     delivery: Option<String>,
 }
@@ -44,7 +44,7 @@ pub(crate) struct DeliveryArgs {
     /// Where back ends and edges call [default: 127.0.0.1:8082]
     #[arg(long, value_name = "ADDR")]
     delivery_listen: Option<String>,
-    /// The router [default: http://127.0.0.1:8083]
+    /// The router, or several with commas between them [default: http://127.0.0.1:8083]
     #[arg(long, value_name = "URL")]
     router: Option<String>,
     /// Where inboxes are kept: redb:PATH [default: redb:inbox.redb]

@@ -138,9 +138,9 @@ impl StandaloneArgs {
 
         let router = format!("http://{}", listeners.router.local_addr()?);
         let server = format!("http://{}", listeners.delivery.local_addr()?);
-        settings.edge.router.clone_from(&router);
-        settings.delivery.router = router.clone();
-        settings.edge.delivery.clone_from(&server);
+        settings.edge.router = router.as_str().into();
+        settings.delivery.router = router.as_str().into();
+        settings.edge.delivery = server.as_str().into();
 
         let now_s = SystemClock.now_s();
         let claims = Claims {

@@ -24,6 +24,7 @@ use std::{
 pub use file::OpenError;
 use file::RedbFile;
 use futures::{FutureExt, future::BoxFuture};
+use sanjay_runtime::clock::SharedClock;
 use tokio::sync::{Semaphore, oneshot};
 use uuid::Uuid;
 use writer::{Operation, Queued, Writer};
@@ -54,6 +55,7 @@ pub struct RedbStore {
     readers: Arc<Semaphore>,
     waiting_reads: Arc<Semaphore>,
     store_id: u64,
+    clock: SharedClock,
 }
 
 impl RedbStore {
@@ -75,7 +77,7 @@ impl RedbStore {
             operations,
             store_id,
             max_unsettled: options.max_unsettled,
-            clock: options.clock,
+            clock: options.clock.clone(),
             metrics: options.metrics,
             on_commit: options.on_commit,
             unsynced: Cell::new(0),
@@ -93,6 +95,7 @@ impl RedbStore {
             readers: Arc::new(Semaphore::new(MAX_READERS)),
             waiting_reads: Arc::new(Semaphore::new(MAX_WAITING_READS)),
             store_id,
+            clock: options.clock,
         })
     }
 
@@ -250,6 +253,10 @@ impl InboxStore for RedbStore {
 
     fn stats(&self) -> BoxFuture<'static, Result<Stats, StoreError>> {
         self.run(reader::stats)
+    }
+
+    fn clock(&self) -> SharedClock {
+        self.clock.clone()
     }
 }
 

@@ -12,12 +12,14 @@ use std::{
 };
 
 use redb::Durability;
+use sanjay_protocol::ErrorCode;
 use sanjay_runtime::clock::SharedClock;
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
 use super::{file::RedbFile, transaction::Tables};
 use crate::{
     metrics::Metrics,
+    spans,
     store::{Acked, AppendError, Appended, CommitSink, DueInbox, NewMessage, Rearm, Settle, StoreError},
 };
 
@@ -88,6 +90,14 @@ impl Operation {
             Operation::Arm { users } => users.len(),
             Operation::Rearm { rearms, .. } => rearms.len(),
             Operation::Claim { limit, .. } | Operation::Sweep { limit, .. } => *limit,
+        }
+    }
+
+    /// What it appends.
+    fn messages(&self) -> &[NewMessage] {
+        match self {
+            Operation::Append { messages, .. } => messages,
+            _ => &[],
         }
     }
 
@@ -240,7 +250,9 @@ impl Writer {
     /// made durable.
     fn commit(&self, batch: &[Queued]) -> Result<(Vec<Outcome>, usize), StoreError> {
         let database = self.file.get()?;
+        let span = spans::commit(batch.iter().flat_map(|queued| queued.operation.messages()));
         self.try_commit(&database, batch).map_err(|error| {
+            spans::refused(&span, ErrorCode::Unavailable.as_str());
             tracing::error!(path = %self.file.path().display(), %error, "the inbox store failed; opening it again");
             drop(database);
             self.file.close();

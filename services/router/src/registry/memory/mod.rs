@@ -143,6 +143,11 @@ impl Registry for MemoryRegistry {
         Ok(())
     }
 
+    async fn renew(&self, attachments: &[Attachment]) -> Vec<Result<(), RegistryError>> {
+        let held = self.memory.sessions.read();
+        attachments.iter().map(|attachment| held.renew(attachment)).collect()
+    }
+
     async fn sweep(&self, attachment: &Attachment) -> Result<usize, RegistryError> {
         let mut removed = 0;
         loop {
@@ -177,6 +182,11 @@ impl Registry for MemoryRegistry {
     async fn locate(&self, users: &[Arc<str>]) -> Result<Vec<Vec<Location>>, RegistryError> {
         let held = self.memory.sessions.read();
         Ok(users.iter().map(|user| held.locate(user)).collect())
+    }
+
+    /// What this process forgets, it forgets with its router.
+    fn is_settled(&self) -> bool {
+        true
     }
 
     async fn maintain(&self) -> Result<(), RegistryError> {

@@ -80,6 +80,15 @@ impl Sessions {
         }
     }
 
+    /// An attachment here lasts until it is ended: its router cannot vanish without this process.
+    pub(super) fn renew(&self, attachment: &Attachment) -> Result<(), RegistryError> {
+        let held = self.edges.get(&attachment.edge.id);
+        match held.filter(|edge| edge.attached && edge.number == attachment.number) {
+            Some(_) => Ok(()),
+            None => Err(RegistryError::Superseded { edge: Arc::clone(&attachment.edge.id) }),
+        }
+    }
+
     /// Removes at most `limit` sessions; fewer removed means that none is left to remove.
     pub(super) fn sweep(&mut self, attachment: &Attachment, limit: usize) -> usize {
         let id = &attachment.edge.id;
@@ -121,7 +130,7 @@ impl Sessions {
         let known = edge.announced.insert(new.session, Arc::clone(&new.user)).or(waiting);
         if let Some(user) = known {
             if user == new.user {
-                self.renew(attachment, new);
+                self.announce_again(attachment, new);
                 return Ok(());
             }
             self.remove_record(&user, id, &new.session, u64::MAX);
@@ -167,7 +176,7 @@ impl Sessions {
         self.users.is_empty()
     }
 
-    fn renew(&mut self, attachment: &Attachment, session: &UserSession) {
+    fn announce_again(&mut self, attachment: &Attachment, session: &UserSession) {
         let records = self.users.get_mut(&session.user).into_iter().flatten();
         for record in records {
             if record.session == session.session && record.edge == attachment.edge.id {

@@ -1,0 +1,71 @@
+//! What is counted of the processes that a role calls.
+
+use prometheus_client::{
+    encoding::EncodeLabelSet,
+    metrics::{counter::Counter, family::Family, gauge::Gauge},
+    registry::Registry,
+};
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct PeerLabel {
+    peer: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct RetryLabel {
+    peer: &'static str,
+    outcome: &'static str,
+}
+
+/// The metrics of all pools of a role; the label `peer` names the role that is called.
+#[derive(Debug, Clone, Default)]
+pub struct PeerMetrics {
+    known: Family<PeerLabel, Gauge>,
+    healthy: Family<PeerLabel, Gauge>,
+    failovers: Family<PeerLabel, Counter>,
+    retries: Family<RetryLabel, Counter>,
+}
+
+impl PeerMetrics {
+    /// Makes the metrics and registers them for a role, such as `edge`.
+    #[must_use]
+    pub fn register(registry: &mut Registry, role: &str) -> Self {
+        let metrics = Self::default();
+        let registry = registry.sub_registry_with_prefix(role);
+        registry.register("peers_known", "Addresses that this role may call", metrics.known.clone());
+        registry.register("peers_healthy", "Addresses that say they serve", metrics.healthy.clone());
+        let help = "Times that this role left a peer, or a call of it a peer, for another one";
+        registry.register("peer_failovers", help, metrics.failovers.clone());
+        let help = "Calls made again on another peer, by outcome";
+        registry.register("peer_retries", help, metrics.retries.clone());
+        metrics
+    }
+
+    /// The metrics of one pool, at hand without a look-up.
+    pub(super) fn of(&self, peer: &'static str) -> PoolMetrics {
+        let label = PeerLabel { peer };
+        let retries = |outcome| self.retries.get_or_create_owned(&RetryLabel { peer, outcome });
+        PoolMetrics {
+            known: self.known.get_or_create_owned(&label),
+            healthy: self.healthy.get_or_create_owned(&label),
+            failovers: self.failovers.get_or_create_owned(&label),
+            answered: retries("answered"),
+            failed: retries("failed"),
+            refused: retries("no_budget"),
+        }
+    }
+}
+
+/// The metrics of one pool.
+#[derive(Debug)]
+pub(super) struct PoolMetrics {
+    pub(super) known: Gauge,
+    pub(super) healthy: Gauge,
+    pub(super) failovers: Counter,
+    /// A call that was made again got its answer.
+    pub(super) answered: Counter,
+    /// A call that was made again failed again.
+    pub(super) failed: Counter,
+    /// A call was not made again, because too many were.
+    pub(super) refused: Counter,
+}

@@ -1,0 +1,233 @@
+//! The calls to the database: each with a deadline, counted, and with an outcome for each write.
+
+use std::{future::IntoFuture, sync::Arc, time::Duration};
+
+use futures::TryStreamExt;
+use mongodb::{
+    Client, Collection, Cursor, Namespace,
+    bson::{Document, doc},
+    error::{BulkWriteError, Error, ErrorKind, PartialBulkWriteResult, WriteFailure},
+    options::{FindOptions, InsertOneModel, UpdateModifications, UpdateOneModel, WriteModel},
+    results::VerboseBulkWriteResult,
+};
+use sanjay_runtime::clock::SharedClock;
+use serde::de::DeserializeOwned;
+use tokio::time::{Instant, timeout};
+
+use crate::{
+    metrics::{Metrics, StoreOperation},
+    store::StoreError,
+};
+
+/// The deadline of one call. The server gives up a little earlier by itself.
+pub(super) const CALL: Duration = Duration::from_secs(3);
+
+/// After how long the server gives up a read.
+const MAX_TIME: Duration = Duration::from_millis(2_500);
+
+/// The server's code for a second document with the same `_id`.
+const DUPLICATE_KEY: i32 = 11_000;
+
+/// The database, as the parts of the store share it.
+#[derive(Clone)]
+pub(super) struct Database {
+    pub(super) client: Client,
+    pub(super) inbox: Collection<Document>,
+    pub(super) beside: Collection<Document>,
+    pub(super) nodes: Collection<Document>,
+    /// Random, made with the database.
+    pub(super) store_id: u64,
+    /// Random, made when the store was opened: names this node among the writers of an inbox.
+    pub(super) node: Arc<str>,
+    /// The time that all nodes have in common.
+    pub(super) clock: SharedClock,
+    pub(super) metrics: Metrics,
+}
+
+/// What became of one write.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Outcome {
+    /// It is durable.
+    Done,
+    /// Nothing was there for it to change, or what it would insert is there: nothing was done.
+    Missed,
+    /// It was done or not, or will be done later.
+    Unknown(String),
+}
+
+/// Whether a document with this `_id` is there already.
+pub(super) fn is_duplicate(error: &Error) -> bool {
+    match &*error.kind {
+        ErrorKind::Write(WriteFailure::WriteError(error)) => error.code == DUPLICATE_KEY,
+        _ => false,
+    }
+}
+
+impl Database {
+    /// One update of an inbox.
+    pub(super) fn update(&self, filter: Document, update: Document, upsert: bool) -> WriteModel {
+        update_of(self.inbox.namespace(), filter, update, upsert)
+    }
+
+    /// One update of what lies beside inboxes, or an insert when nothing is there.
+    pub(super) fn update_beside(&self, filter: Document, update: Document) -> WriteModel {
+        update_of(self.beside.namespace(), filter, update, true)
+    }
+
+    /// One insert beside inboxes.
+    pub(super) fn insert(&self, document: Document) -> WriteModel {
+        let namespace = self.beside.namespace();
+        WriteModel::InsertOne(InsertOneModel::builder().namespace(namespace).document(document).build())
+    }
+
+    /// Runs a call within its deadline and measures it.
+    ///
+    /// # Errors
+    /// Says what failed; what was done then is unknown.
+    pub(super) async fn call<T>(
+        &self,
+        operation: StoreOperation,
+        call: impl IntoFuture<Output = mongodb::error::Result<T>>,
+    ) -> Result<T, StoreError> {
+        self.call_within(CALL, operation, call).await
+    }
+
+    /// Like [`Database::call`], with another deadline.
+    pub(super) async fn call_within<T>(
+        &self,
+        deadline: Duration,
+        operation: StoreOperation,
+        call: impl IntoFuture<Output = mongodb::error::Result<T>>,
+    ) -> Result<T, StoreError> {
+        let began = Instant::now();
+        let result = match timeout(deadline, call.into_future()).await {
+            Ok(Ok(answer)) => Ok(answer),
+            Ok(Err(error)) => Err(StoreError::Unavailable(describe(&error))),
+            Err(_) => Err(StoreError::Unavailable(format!("no answer within {} s", deadline.as_secs()))),
+        };
+        self.metrics.store_call(operation, began.elapsed(), result.is_ok());
+        result
+    }
+
+    /// Writes independently of each other; the outcomes are in the order of the writes.
+    pub(super) async fn write(&self, operation: StoreOperation, models: Vec<WriteModel>) -> Vec<Outcome> {
+        let count = models.len();
+        if count == 0 {
+            return Vec::new();
+        }
+        let began = Instant::now();
+        let bulk = self.client.bulk_write(models).ordered(false).verbose_results();
+        let outcomes = match timeout(CALL, bulk.into_future()).await {
+            Ok(Ok(result)) => (0..count).map(|index| outcome_of(&result, index)).collect(),
+            Ok(Err(error)) => failed(&error, count),
+            Err(_) => vec![Outcome::Unknown(format!("no answer within {} s", CALL.as_secs())); count],
+        };
+        let known = outcomes.iter().all(|outcome| !matches!(outcome, Outcome::Unknown(_)));
+        self.metrics.store_call(operation, began.elapsed(), known);
+        outcomes
+    }
+
+    async fn find<T: DeserializeOwned + Send + Sync + Unpin>(
+        &self,
+        operation: StoreOperation,
+        collection: &Collection<Document>,
+        filter: Document,
+        mut options: FindOptions,
+    ) -> Result<Vec<T>, StoreError> {
+        options.max_time = Some(MAX_TIME);
+        let collection = collection.clone_with_type::<T>();
+        self.call(operation, async move {
+            let cursor: Cursor<T> = collection.find(filter).with_options(options).await?;
+            cursor.try_collect().await
+        })
+        .await
+    }
+
+    /// Finds what lies beside inboxes, all of it.
+    pub(super) async fn find_beside<T: DeserializeOwned + Send + Sync + Unpin>(
+        &self,
+        operation: StoreOperation,
+        filter: Document,
+        options: FindOptions,
+    ) -> Result<Vec<T>, StoreError> {
+        self.find(operation, &self.beside, filter, options).await
+    }
+
+    /// Finds inboxes by what they hold.
+    pub(super) async fn find_due<T: DeserializeOwned + Send + Sync + Unpin>(
+        &self,
+        filter: Document,
+        options: FindOptions,
+    ) -> Result<Vec<T>, StoreError> {
+        self.find(StoreOperation::Claim, &self.inbox, filter, options).await
+    }
+
+    /// Finds the inboxes of users, without those that have none.
+    pub(super) async fn find_inboxes<T: DeserializeOwned + Send + Sync + Unpin>(
+        &self,
+        operation: StoreOperation,
+        users: &[String],
+        projection: Document,
+    ) -> Result<Vec<T>, StoreError> {
+        let options = FindOptions::builder().projection(projection).build();
+        self.find(operation, &self.inbox, doc! { "_id": { "$in": users } }, options).await
+    }
+}
+
+fn update_of(namespace: Namespace, filter: Document, update: Document, upsert: bool) -> WriteModel {
+    let update = UpdateModifications::Document(update);
+    let model = UpdateOneModel::builder().namespace(namespace).filter(filter).update(update);
+    // Left out where it is the default: it would go with each of many writes.
+    WriteModel::UpdateOne(if upsert { model.upsert(true).build() } else { model.build() })
+}
+
+fn outcome_of(result: &VerboseBulkWriteResult, index: usize) -> Outcome {
+    let updated = result.update_results.get(&index);
+    let touched = updated.is_some_and(|update| update.matched_count > 0 || update.upserted_id.is_some());
+    let done =
+        touched || result.insert_results.contains_key(&index) || result.delete_results.contains_key(&index);
+    if done { Outcome::Done } else { Outcome::Missed }
+}
+
+/// What an error says about each of `count` writes.
+fn failed(error: &Error, count: usize) -> Vec<Outcome> {
+    let unknown = Outcome::Unknown(describe(error));
+    let ErrorKind::BulkWrite(bulk) = &*error.kind else { return vec![unknown; count] };
+    // Written, but perhaps not by a majority: a new primary may not have it.
+    if !bulk.write_concern_errors.is_empty() {
+        return vec![unknown; count];
+    }
+    (0..count).map(|index| partly(bulk, index).unwrap_or_else(|| unknown.clone())).collect()
+}
+
+fn partly(bulk: &BulkWriteError, index: usize) -> Option<Outcome> {
+    if let Some(error) = bulk.write_errors.get(&index) {
+        let duplicate = error.code == DUPLICATE_KEY;
+        return Some(if duplicate { Outcome::Missed } else { Outcome::Unknown(error.message.clone()) });
+    }
+    let Some(PartialBulkWriteResult::Verbose(result)) = &bulk.partial_result else { return None };
+    let answered = result.update_results.contains_key(&index)
+        || result.insert_results.contains_key(&index)
+        || result.delete_results.contains_key(&index);
+    answered.then(|| outcome_of(result, index))
+}
+
+/// Longest text of an error, in characters: the driver describes a whole topology in it.
+const MAX_TEXT: usize = 300;
+
+/// An error without the server's raw answer, which the driver adds to it.
+fn describe(error: &Error) -> String {
+    let text: String = match &*error.kind {
+        ErrorKind::BulkWrite(bulk) => {
+            let concern = bulk.write_concern_errors.first().map(|error| &error.message);
+            let write = bulk.write_errors.values().next().map(|error| &error.message);
+            match (concern.or(write), std::error::Error::source(error)) {
+                (Some(message), _) => message.clone(),
+                (None, Some(source)) => source.to_string(),
+                (None, None) => "a group of writes failed".to_owned(),
+            }
+        }
+        kind => kind.to_string(),
+    };
+    text.chars().take(MAX_TEXT).collect()
+}

@@ -1,0 +1,234 @@
+//! Redelivery: finds due inboxes, claims them, and says when they are due again. Nodes look in different parts of
+//! the users, so that they seldom reach for the same inbox; who gets it is decided by the condition of the write.
+
+use std::{collections::HashMap, time::Duration};
+
+use futures::TryStreamExt;
+use mongodb::{
+    bson::{Document, doc},
+    options::FindOptions,
+};
+use parking_lot::Mutex;
+use serde::Deserialize;
+use tokio::time::Instant;
+
+use super::{
+    database::{Database, Outcome},
+    documents::date,
+};
+use crate::{
+    metrics::StoreOperation,
+    store::{DueInbox, Next, Rearm, StoreError},
+};
+
+/// How often a node says that it is there and looks who else is.
+const ANNOUNCE: Duration = Duration::from_secs(2);
+
+/// For how long a node counts that said nothing.
+const ALIVE_US: u64 = 10_000_000;
+
+/// For how long a due inbox is left to the node in whose part it is, in microseconds.
+const GRACE_US: u64 = 5_000_000;
+
+/// Which part of the users this node looks in first.
+pub(super) struct Share {
+    /// Off in tests that count on one node finding everything at once.
+    sharing: bool,
+    known: Mutex<Option<(Instant, Part)>>,
+}
+
+/// Hashes from `from` to below `to`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Part {
+    from: i64,
+    to: i64,
+}
+
+const ALL: Part = Part { from: 0, to: 1 << 31 };
+
+impl Part {
+    /// The part of number `index` among `count` nodes.
+    fn of(index: usize, count: usize) -> Self {
+        let bound = |index: usize| (index as u128 * ALL.to as u128 / count.max(1) as u128) as i64;
+        Self { from: bound(index), to: bound(index + 1) }
+    }
+}
+
+impl Share {
+    pub(super) fn new(sharing: bool) -> Self {
+        Self { sharing, known: Mutex::new(None) }
+    }
+
+    /// This node's part. Without news of the others it is everything, which is right, only not as cheap.
+    async fn part(&self, database: &Database) -> Part {
+        if !self.sharing {
+            return ALL;
+        }
+        if let Some((at, part)) = *self.known.lock()
+            && at.elapsed() < ANNOUNCE
+        {
+            return part;
+        }
+        let part = announce(database).await.unwrap_or(ALL);
+        *self.known.lock() = Some((Instant::now(), part));
+        part
+    }
+}
+
+/// Says that this node is there, and works out its part from who else is.
+async fn announce(database: &Database) -> Result<Part, StoreError> {
+    let now_us = database.clock.now_us();
+    let nodes = database.nodes.clone();
+    let me = database.node.to_string();
+    let found: Vec<Document> = database
+        .call(StoreOperation::Claim, async move {
+            let update = doc! { "$set": { "seen": date(now_us) } };
+            nodes.update_one(doc! { "_id": &me }, update).upsert(true).await?;
+            let alive = doc! { "seen": { "$gt": date(now_us.saturating_sub(ALIVE_US)) } };
+            nodes.find(alive).await?.try_collect().await
+        })
+        .await?;
+    let mut names: Vec<&str> = found.iter().filter_map(|node| node.get_str("_id").ok()).collect();
+    names.sort_unstable();
+    let index = names.iter().position(|name| *name == &*database.node);
+    Ok(index.map_or(ALL, |index| Part::of(index, names.len())))
+}
+
+/// Takes this node off the list.
+pub(super) async fn leave(database: Database) {
+    let gone = database.nodes.delete_one(doc! { "_id": &*database.node });
+    // Otherwise it counts for a few seconds longer.
+    let _unheard = database.call(StoreOperation::Claim, gone).await;
+}
+
+#[derive(Debug, Deserialize)]
+struct DueDoc {
+    #[serde(rename = "_id")]
+    user: String,
+    epoch: i64,
+    seq: i64,
+    mark: i64,
+    written: i64,
+    armed: i64,
+    attempt: i64,
+    due: i64,
+}
+
+impl DueDoc {
+    /// Everything up to it is settled or written.
+    fn done(&self) -> i64 {
+        self.written.max(self.mark)
+    }
+}
+
+/// Claims inboxes that are due.
+pub(super) async fn claim(
+    database: &Database,
+    share: &Share,
+    now_us: u64,
+    until_us: u64,
+    limit: usize,
+) -> Result<Vec<DueInbox>, StoreError> {
+    let part = share.part(database).await;
+    let mut found = find(database, now_us, part, limit).await?;
+    if part != ALL && found.len() < limit {
+        // What a node that is gone would have claimed.
+        let late = find(database, now_us.saturating_sub(GRACE_US), ALL, limit - found.len()).await?;
+        found.extend(late.into_iter().filter(|late| !part_holds(part, &late.user)));
+    }
+    let models = found.iter().map(|inbox| {
+        let filter = doc! {
+            "_id": &inbox.user, "armed": inbox.armed, "due": inbox.due,
+            "written": inbox.written, "mark": inbox.mark,
+        };
+        // Without anything unwritten it is armed in vain.
+        let update = if inbox.done() >= inbox.seq {
+            doc! { "$unset": { "due": "" }, "$set": { "attempt": 0_i64 } }
+        } else {
+            doc! { "$set": { "due": until_us.cast_signed() } }
+        };
+        database.update(filter, update, false)
+    });
+    let outcomes = database.write(StoreOperation::Claim, models.collect()).await;
+    let mut claimed = Vec::new();
+    for (inbox, outcome) in found.into_iter().zip(outcomes) {
+        match outcome {
+            Outcome::Done if inbox.done() < inbox.seq => claimed.push(DueInbox {
+                after: inbox.done().cast_unsigned(),
+                user: inbox.user,
+                epoch: inbox.epoch.cast_unsigned(),
+                armed: inbox.armed.cast_unsigned(),
+                attempt: u32::try_from(inbox.attempt).unwrap_or(u32::MAX),
+            }),
+            Outcome::Done | Outcome::Missed => {}
+            // What was claimed comes back by itself.
+            Outcome::Unknown(error) => return Err(StoreError::Unavailable(error)),
+        }
+    }
+    Ok(claimed)
+}
+
+fn part_holds(part: Part, user: &str) -> bool {
+    let hash = i64::from(super::documents::user_hash(user));
+    (part.from..part.to).contains(&hash)
+}
+
+/// What selects the due inboxes of a part, in the order of the index.
+pub(super) fn due_filter(now_us: u64, from: i64, to: i64) -> Document {
+    doc! { "due": { "$gt": 0_i64, "$lte": now_us.cast_signed() }, "h": { "$gte": from, "$lt": to } }
+}
+
+async fn find(database: &Database, now_us: u64, part: Part, limit: usize) -> Result<Vec<DueDoc>, StoreError> {
+    if limit == 0 {
+        return Ok(Vec::new());
+    }
+    let fields = doc! {
+        "epoch": 1, "seq": 1, "mark": 1, "written": 1, "armed": 1, "attempt": 1, "due": 1,
+    };
+    let options = FindOptions::builder()
+        .sort(doc! { "due": 1 })
+        .projection(fields)
+        .limit(i64::try_from(limit).unwrap_or(i64::MAX))
+        .build();
+    database.find_due(due_filter(now_us, part.from, part.to), options).await
+}
+
+/// Says what follows for claimed inboxes.
+pub(super) async fn rearm(database: &Database, rearms: &[Rearm]) -> Result<(), StoreError> {
+    // The last word about an inbox counts.
+    let rearms: HashMap<&str, &Rearm> = rearms.iter().map(|rearm| (rearm.user.as_str(), rearm)).collect();
+    let models = rearms.into_values().map(|rearm| {
+        // One that was written or settled meanwhile is not armed any more, and stays so. One that was armed afresh
+        // is due when that says.
+        let filter = doc! {
+            "_id": &rearm.user, "armed": rearm.armed.cast_signed(), "due": { "$gt": 0_i64 },
+        };
+        let update = match rearm.next {
+            Next::At { due_us, attempt } => {
+                doc! { "$set": { "due": due_us.cast_signed(), "attempt": i64::from(attempt) } }
+            }
+            Next::Parked => doc! { "$unset": { "due": "" }, "$set": { "attempt": 0_i64 } },
+        };
+        database.update(filter, update, false)
+    });
+    for outcome in database.write(StoreOperation::Claim, models.collect()).await {
+        if let Outcome::Unknown(error) = outcome {
+            return Err(StoreError::Unavailable(error));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_cover_every_user_once() {
+        for count in 1..=7 {
+            let parts: Vec<Part> = (0..count).map(|index| Part::of(index, count)).collect();
+            assert_eq!((parts[0].from, parts[count - 1].to), (ALL.from, ALL.to));
+            assert!(parts.windows(2).all(|pair| pair[0].to == pair[1].from && pair[0].from < pair[0].to));
+        }
+    }
+}

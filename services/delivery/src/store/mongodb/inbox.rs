@@ -1,0 +1,135 @@
+//! What a lane knows of an inbox: enough to write to it without reading it first. The condition of each write says
+//! whether it still holds.
+
+use std::collections::BTreeMap;
+
+use mongodb::bson::Uuid as BsonUuid;
+
+use super::documents::{self, InboxDoc, KeyDoc, MessageDoc, SettlerDoc, WriterDoc};
+use crate::store::{Settled, StoreError};
+
+/// An unsettled message without its body.
+#[derive(Debug, Clone)]
+pub(super) struct Open {
+    pub(super) seq: u64,
+    pub(super) id: BsonUuid,
+    pub(super) time_us: u64,
+    pub(super) trace: String,
+    /// Length of the payload.
+    pub(super) bytes: usize,
+}
+
+impl Open {
+    pub(super) fn new(message: &MessageDoc) -> Result<Self, StoreError> {
+        let header = message.header()?;
+        Ok(Self {
+            seq: message.seq(),
+            id: message.i,
+            time_us: header.time_us,
+            trace: header.trace,
+            bytes: usize::try_from(header.bytes).unwrap_or(usize::MAX),
+        })
+    }
+}
+
+/// An inbox as it was last seen, with what this node wrote since.
+#[derive(Debug)]
+pub(super) struct Inbox {
+    /// Whether there is a document.
+    pub(super) exists: bool,
+    pub(super) epoch: u64,
+    pub(super) head: u64,
+    pub(super) settled: Settled,
+    pub(super) settles: i64,
+    /// How many messages are settled.
+    pub(super) terminal: u64,
+    pub(super) written: u64,
+    pub(super) spilled: u64,
+    /// The messages in the document, in ascending seq.
+    pub(super) open: Vec<Open>,
+    /// How many receipts are in the document.
+    pub(super) receipts: usize,
+    /// The dedupe keys in the document.
+    pub(super) keys: Vec<KeyDoc>,
+    pub(super) writers: BTreeMap<String, WriterDoc>,
+    pub(super) settler: Option<SettlerDoc>,
+    /// Messages beside the document, as far as somebody asked for them; for one round.
+    pub(super) beside: BTreeMap<u64, Open>,
+    /// Whether they were asked for.
+    pub(super) looked_beside: bool,
+    /// Whether it was read in this round: what it says is no older than what is asked.
+    pub(super) fresh: bool,
+    /// Whether another node wrote to it lately, so that it is read before each write.
+    pub(super) shared: bool,
+    /// Whether it must be read before it is used again.
+    pub(super) stale: bool,
+}
+
+impl Inbox {
+    /// The inbox of a user without one.
+    pub(super) fn none(store_id: u64, user: &str) -> Self {
+        let epoch = documents::epoch(store_id, user).cast_signed();
+        Self { exists: false, ..Self::with(InboxDoc { epoch, ..InboxDoc::default() }, Vec::new()) }
+    }
+
+    /// What was read.
+    ///
+    /// # Errors
+    /// When a message in it is damaged.
+    pub(super) fn new(document: InboxDoc) -> Result<Self, StoreError> {
+        let open = document.messages.iter().map(Open::new).collect::<Result<_, _>>()?;
+        Ok(Self::with(document, open))
+    }
+
+    fn with(document: InboxDoc, open: Vec<Open>) -> Self {
+        Self {
+            exists: true,
+            epoch: document.epoch.cast_unsigned(),
+            head: document.head(),
+            settled: document.settled(),
+            settles: document.settles,
+            terminal: document.terminal(),
+            written: document.written.cast_unsigned(),
+            spilled: document.spilled.cast_unsigned(),
+            open,
+            receipts: document.receipts.len(),
+            keys: document.keys,
+            writers: document.writers,
+            settler: document.settler,
+            beside: BTreeMap::new(),
+            looked_beside: false,
+            fresh: true,
+            shared: false,
+            stale: false,
+        }
+    }
+
+    /// Takes over what was just read. An inbox that nobody else touched is not shared any more.
+    pub(super) fn refresh(&mut self, read: Inbox) {
+        let touched = self.head != read.head || self.settles != read.settles;
+        let shared = self.shared && touched;
+        *self = Self { shared, ..read };
+    }
+
+    pub(super) fn unsettled(&self) -> u64 {
+        self.head.saturating_sub(self.terminal)
+    }
+
+    /// Bytes of the payloads in the document.
+    pub(super) fn bytes(&self) -> usize {
+        self.open.iter().map(|open| open.bytes).sum()
+    }
+
+    /// An unsettled message, in the document or among those read beside it.
+    pub(super) fn message(&self, seq: u64) -> Option<&Open> {
+        match self.open.binary_search_by_key(&seq, |open| open.seq) {
+            Ok(index) => Some(&self.open[index]),
+            Err(_) => self.beside.get(&seq),
+        }
+    }
+
+    /// Whether garbage lies beside the document: bodies of messages that are settled by now.
+    pub(super) fn has_garbage(&self) -> bool {
+        self.spilled > 0 && self.settled.mark() >= self.spilled
+    }
+}

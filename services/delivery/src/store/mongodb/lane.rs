@@ -1,0 +1,578 @@
+//! A lane writes to the inboxes of its users: what waits goes out as one group of writes, one write for each
+//! user, and the next group when that is answered. Users are spread over lanes by their hash, so that the order of
+//! what one user gets is the order in which it was submitted.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::Arc,
+    time::Duration,
+};
+
+use mongodb::{
+    bson::doc,
+    options::{FindOptions, WriteModel},
+};
+use tokio::{sync::mpsc, task::JoinHandle, time::Instant};
+
+use super::{
+    ack,
+    append::{self, KeysBeside},
+    database::{Database, Outcome},
+    documents::{BodiesDoc, InboxDoc, KeyDoc, bodies_between},
+    inbox::{Inbox, Open},
+    tidy::{self, Tidied},
+    work::{Queued, Work},
+};
+use crate::{
+    metrics::StoreOperation,
+    spans,
+    store::{CommitSink, FIRST_DUE, NewMessage, StoreError},
+};
+
+/// Most users of one group of writes.
+const MAX_GROUP: usize = 256;
+
+/// Bytes of payload after which a group takes no more users.
+const MAX_GROUP_BYTES: usize = 4 * 1024 * 1024;
+
+/// Most work that a lane has taken off its queue.
+const MAX_TAKEN: usize = 1_024;
+
+/// Most inboxes that a lane remembers.
+const MAX_INBOXES: usize = 512;
+
+/// Pauses after rounds that came to nothing: short at first, because another node or the majority may be just
+/// about to be through.
+const PAUSES_MS: [u64; 6] = [2, 5, 20, 50, 100, 200];
+
+/// Bounds of what an inbox holds itself; what is beyond is moved beside it.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Bounds {
+    /// Messages, and bytes of their payloads.
+    pub(super) messages: usize,
+    pub(super) bytes: usize,
+    /// How many of the newest messages stay when the others move.
+    pub(super) keep: usize,
+    pub(super) receipts: usize,
+    pub(super) keys: usize,
+}
+
+impl Default for Bounds {
+    fn default() -> Self {
+        // Each write rewrites the document, so it is kept to what a client that is there has not acknowledged yet.
+        Self { messages: 16, bytes: 32 * 1024, keep: 4, receipts: 16, keys: 16 }
+    }
+}
+
+/// By how much an inbox may exceed its bounds before nothing is appended until it was tidied.
+const SLACK: usize = 8;
+
+/// What the planning of writes goes by.
+#[derive(Clone, Copy)]
+pub(super) struct Rules<'a> {
+    pub(super) database: &'a Database,
+    pub(super) now_us: u64,
+    pub(super) max_unsettled: u64,
+    /// Number of the write that is being made.
+    pub(super) batch: i64,
+}
+
+/// A write under way, or without an answer.
+pub(super) struct Attempt {
+    pub(super) batch: i64,
+    pub(super) model: WriteModel,
+    /// Bytes of payload.
+    pub(super) bytes: usize,
+    pub(super) kind: Kind,
+}
+
+pub(super) enum Kind {
+    /// Messages at the front of the queue.
+    Append { first: u64, count: usize },
+    /// Acks at the front of the queue; how often something had been settled before.
+    Ack { settles: i64, plan: ack::Plan },
+    /// So many wishes to arm the inbox, at the front of the queue.
+    Arm(usize),
+}
+
+/// What follows for a user in this round.
+pub(super) enum Step {
+    Write(Box<Attempt>),
+    /// The inbox must be read first.
+    Read,
+    /// Bodies beside the inbox must be read first.
+    Beside(u64, u64),
+    /// Something was answered without a write; plan what follows it.
+    Again,
+    /// The first so many cannot be done.
+    Fail(usize, StoreError),
+    /// Not in this round.
+    Wait,
+}
+
+/// A user with work.
+#[derive(Default)]
+struct User {
+    queue: VecDeque<Queued>,
+    /// A write that may have been done: nothing else is written before that is known.
+    unanswered: Option<Box<Attempt>>,
+}
+
+/// A lane's state.
+pub(super) struct Lane {
+    database: Database,
+    sink: Arc<dyn CommitSink>,
+    max_unsettled: u64,
+    bounds: Bounds,
+    queue: mpsc::Receiver<Queued>,
+    users: HashMap<String, User>,
+    /// The names of `users`, each once, in the order of their turns.
+    turns: VecDeque<String>,
+    /// How much work `users` hold.
+    taken: usize,
+    inboxes: HashMap<String, Inbox>,
+    next_batch: i64,
+    /// Users whose inbox is to be tidied, and the tidying under way.
+    untidy: Vec<String>,
+    tidying: Option<JoinHandle<Vec<Tidied>>>,
+    /// Rounds in a row that came to nothing, whether this one came to something, and what went wrong last.
+    idle_rounds: usize,
+    progress: bool,
+    problem: Option<StoreError>,
+}
+
+impl Lane {
+    pub(super) fn new(
+        database: Database,
+        sink: Arc<dyn CommitSink>,
+        max_unsettled: u64,
+        bounds: Bounds,
+        queue: mpsc::Receiver<Queued>,
+    ) -> Self {
+        Self {
+            database,
+            sink,
+            max_unsettled,
+            bounds,
+            queue,
+            users: HashMap::new(),
+            turns: VecDeque::new(),
+            taken: 0,
+            inboxes: HashMap::new(),
+            next_batch: 0,
+            untidy: Vec::new(),
+            tidying: None,
+            idle_rounds: 0,
+            progress: false,
+            problem: None,
+        }
+    }
+
+    /// Runs until the queue is closed and everything in it is answered.
+    pub(super) async fn run(mut self) {
+        loop {
+            if self.users.is_empty() {
+                // An inbox is tidied beside the writes, or when there are none.
+                tokio::select! {
+                    queued = self.queue.recv() => match queued {
+                        Some(queued) => self.take(queued),
+                        None => return,
+                    },
+                    tidied = join(&mut self.tidying) => self.tidied(tidied),
+                }
+            }
+            while self.taken < MAX_TAKEN {
+                let Ok(queued) = self.queue.try_recv() else { break };
+                self.take(queued);
+            }
+            if self.tidying.as_ref().is_some_and(JoinHandle::is_finished) {
+                let tidied = join(&mut self.tidying).await;
+                self.tidied(tidied);
+            }
+            self.round().await;
+            self.tidy();
+        }
+    }
+
+    fn take(&mut self, queued: Queued) {
+        self.taken += 1;
+        match self.users.get_mut(&queued.user) {
+            Some(user) => user.queue.push_back(queued),
+            None => {
+                self.turns.push_back(queued.user.clone());
+                self.users.entry(queued.user.clone()).or_default().queue.push_back(queued);
+            }
+        }
+    }
+
+    /// One group of writes.
+    async fn round(&mut self) {
+        self.give_up();
+        self.rest();
+        self.progress = false;
+        let before = self.taken;
+        let users: Vec<String> = self.turns.drain(..self.turns.len().min(MAX_GROUP)).collect();
+        if let Err(error) = self.group(&users).await {
+            self.problem = Some(error);
+        }
+        let empty = users.is_empty();
+        self.turns.extend(users);
+        self.rest();
+        self.forget();
+        if self.taken < before || self.progress || empty {
+            (self.idle_rounds, self.problem) = (0, None);
+            return;
+        }
+        let pause = PAUSES_MS[self.idle_rounds.min(PAUSES_MS.len() - 1)];
+        self.idle_rounds += 1;
+        tokio::time::sleep(Duration::from_millis(pause)).await;
+    }
+
+    async fn group(&mut self, users: &[String]) -> Result<(), StoreError> {
+        self.read(users).await?;
+        let beside = self.read_keys(users).await?;
+        let (mut models, mut attempts, mut bytes) = (Vec::new(), Vec::new(), 0);
+        for name in users {
+            if bytes > MAX_GROUP_BYTES {
+                break;
+            }
+            match self.plan(name, &beside).await {
+                Ok(Some(attempt)) => {
+                    bytes += attempt.bytes;
+                    models.push(attempt.model.clone());
+                    attempts.push((name, attempt));
+                }
+                Ok(None) => {}
+                // The others go on: what is to be written again for them is known to `attempts` alone.
+                Err(error) => self.problem = Some(error),
+            }
+        }
+        let began = Instant::now();
+        let items: usize = attempts.iter().map(|(_, attempt)| attempt.items()).sum();
+        let span = spans::commit(self.appending(&attempts));
+        let outcomes = self.database.write(StoreOperation::Write, models).await;
+        drop(span);
+        for ((name, attempt), outcome) in attempts.into_iter().zip(outcomes) {
+            self.finish(name, attempt, outcome);
+        }
+        self.database.metrics.group_commit(items, began.elapsed());
+        Ok(())
+    }
+
+    /// The messages that these writes append.
+    fn appending<'a>(
+        &'a self,
+        attempts: &'a [(&String, Box<Attempt>)],
+    ) -> impl Iterator<Item = &'a NewMessage> + Clone {
+        attempts.iter().flat_map(|(name, attempt)| {
+            let count = if let Kind::Append { count, .. } = attempt.kind { count } else { 0 };
+            let queued = self.users.get(*name).into_iter().flat_map(|user| &user.queue).take(count);
+            queued.filter_map(|queued| match &queued.work {
+                Work::Append(append) => Some(&append.message),
+                _ => None,
+            })
+        })
+    }
+
+    /// Reads the inboxes of which too little is known.
+    async fn read(&mut self, users: &[String]) -> Result<(), StoreError> {
+        let mut wanted = Vec::new();
+        for name in users {
+            let Some(user) = self.users.get(name) else { continue };
+            // Arming needs no knowledge.
+            if user.queue.iter().all(|queued| matches!(queued.work, Work::Arm(_))) {
+                continue;
+            }
+            let unanswered = user.unanswered.is_some();
+            match self.inboxes.get_mut(name) {
+                Some(inbox) if !inbox.stale && !inbox.shared && !unanswered => {
+                    (inbox.fresh, inbox.looked_beside) = (false, false);
+                    inbox.beside.clear();
+                }
+                _ => wanted.push(name.clone()),
+            }
+        }
+        self.read_inboxes(&wanted).await
+    }
+
+    async fn read_inboxes(&mut self, users: &[String]) -> Result<(), StoreError> {
+        if users.is_empty() {
+            return Ok(());
+        }
+        let projection = doc! { "messages.p": 0, "receipts.s": 0, "receipts.a": 0, "receipts.t": 0 };
+        let found: Vec<InboxDoc> =
+            self.database.find_inboxes(StoreOperation::ReadState, users, projection).await?;
+        let mut found: HashMap<String, InboxDoc> =
+            found.into_iter().map(|document| (document.user.clone(), document)).collect();
+        for name in users {
+            let read = match found.remove(name) {
+                Some(document) => Inbox::new(document)?,
+                None => Inbox::none(self.database.store_id, name),
+            };
+            match self.inboxes.get_mut(name) {
+                Some(inbox) => inbox.refresh(read),
+                None => drop(self.inboxes.insert(name.clone(), read)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Looks for dedupe keys that have left their inbox. Together with the condition of the write that is enough:
+    /// a key that comes to an inbox raises its head.
+    async fn read_keys(&self, users: &[String]) -> Result<KeysBeside, StoreError> {
+        let (mut ids, mut owners) = (Vec::new(), Vec::new());
+        for name in users {
+            let (Some(user), Some(inbox)) = (self.users.get(name), self.inboxes.get(name)) else { continue };
+            let keys = append::keys_to_look_for(name, &user.queue, inbox);
+            if !keys.is_empty() {
+                owners.push(name.clone());
+                ids.extend(keys);
+            }
+        }
+        if ids.is_empty() {
+            return Ok(KeysBeside::new());
+        }
+        #[derive(serde::Deserialize)]
+        struct Found {
+            #[serde(rename = "_id")]
+            id: String,
+            #[serde(flatten)]
+            key: KeyDoc,
+        }
+        let filter = doc! { "_id": { "$in": &ids }, "u": { "$in": owners } };
+        let found: Vec<Found> =
+            self.database.find_beside(StoreOperation::ReadState, filter, FindOptions::default()).await?;
+        let mut beside: KeysBeside = ids.into_iter().map(|id| (id, None)).collect();
+        beside.extend(found.into_iter().map(|found| (found.id, Some(found.key))));
+        Ok(beside)
+    }
+
+    /// Makes the next write for a user, and answers what needs none.
+    async fn plan(&mut self, name: &str, beside: &KeysBeside) -> Result<Option<Box<Attempt>>, StoreError> {
+        if let Some(attempt) = self.resolve(name) {
+            return Ok(Some(attempt));
+        }
+        let now_us = self.database.clock.now_us();
+        loop {
+            let batch = self.next_batch;
+            let rules = Rules { database: &self.database, now_us, max_unsettled: self.max_unsettled, batch };
+            let Some(user) = self.users.get_mut(name) else { return Ok(None) };
+            let before = user.queue.len();
+            let step = match (user.queue.front().map(|queued| &queued.work), self.inboxes.get(name)) {
+                (None, _) => return Ok(None),
+                (Some(Work::Arm(_)), _) => arm(&rules, name, &user.queue),
+                (Some(_), None) => Step::Read,
+                (Some(Work::Append(_)), Some(inbox)) if over(inbox, &self.bounds) => Step::Wait,
+                (Some(Work::Append(_)), Some(inbox)) => {
+                    append::plan(&rules, name, &mut user.queue, inbox, beside)
+                }
+                (Some(Work::Ack(_)), Some(inbox)) => ack::plan(&rules, name, &mut user.queue, inbox),
+            };
+            match step {
+                Step::Write(attempt) => {
+                    self.next_batch += 1;
+                    return Ok(Some(attempt));
+                }
+                Step::Read => self.read_inboxes(&[name.to_owned()]).await?,
+                Step::Beside(from, to) => self.read_beside(name, from, to).await?,
+                Step::Again if user.queue.len() < before => {}
+                Step::Again => return Ok(None),
+                Step::Wait => {
+                    self.untidy.push(name.to_owned());
+                    return Ok(None);
+                }
+                Step::Fail(count, error) => {
+                    user.queue.drain(..count).for_each(|queued| queued.work.fail(&error));
+                }
+            }
+        }
+    }
+
+    /// What became of a write without an answer, now that the inbox was read again: it was done, or it is made
+    /// once more, or it can no longer happen and its messages are planned afresh.
+    fn resolve(&mut self, name: &str) -> Option<Box<Attempt>> {
+        let (user, inbox) = (self.users.get_mut(name)?, self.inboxes.get_mut(name)?);
+        let attempt = user.unanswered.take()?;
+        match &attempt.kind {
+            Kind::Append { first, count } => {
+                let (first, count) = (*first, *count);
+                if inbox.writers.get(&*self.database.node).is_some_and(|writer| writer.b == attempt.batch) {
+                    let sink = &*self.sink;
+                    append::committed(&self.database, sink, &mut user.queue, inbox, &attempt, first, count);
+                    return None;
+                }
+                (inbox.head + 1 == first).then_some(attempt)
+            }
+            Kind::Ack { settles, plan } => {
+                let ours = |settler: &super::documents::SettlerDoc| {
+                    settler.w == *self.database.node && settler.b == attempt.batch
+                };
+                if plan.count() > 0 && inbox.settler.as_ref().is_some_and(ours) {
+                    if let Kind::Ack { plan, .. } = attempt.kind {
+                        plan.answer(&mut user.queue);
+                    }
+                    return None;
+                }
+                (plan.count() > 0 && inbox.settles == *settles).then_some(attempt)
+            }
+            Kind::Arm(_) => None,
+        }
+    }
+
+    async fn read_beside(&mut self, name: &str, from: u64, to: u64) -> Result<(), StoreError> {
+        let options = FindOptions::builder().projection(doc! { "messages.p": 0 }).build();
+        let found: Vec<BodiesDoc> = self
+            .database
+            .find_beside(StoreOperation::ReadState, bodies_between(name, from, to), options)
+            .await?;
+        if let Some(inbox) = self.inboxes.get_mut(name) {
+            let messages = found.iter().flat_map(|bodies| &bodies.messages);
+            let open = messages.map(|message| Open::new(message).map(|open| (open.seq, open)));
+            inbox.beside = open.collect::<Result<_, _>>()?;
+            inbox.looked_beside = true;
+        }
+        Ok(())
+    }
+
+    /// Takes over what became of a write.
+    fn finish(&mut self, name: &str, attempt: Box<Attempt>, outcome: Outcome) {
+        let Some(user) = self.users.get_mut(name) else { return };
+        if let Kind::Arm(count) = attempt.kind {
+            // An inbox that needs no arming is as good as an armed one, and a hint may be dropped.
+            user.queue.drain(..count);
+            return;
+        }
+        let Some(inbox) = self.inboxes.get_mut(name) else { return };
+        match outcome {
+            Outcome::Done => {
+                self.progress = true;
+                if let Kind::Append { first, count } = attempt.kind {
+                    let (database, sink) = (&self.database, &*self.sink);
+                    append::committed(database, sink, &mut user.queue, inbox, &attempt, first, count);
+                } else if let Kind::Ack { plan, .. } = attempt.kind {
+                    plan.apply(inbox);
+                    plan.answer(&mut user.queue);
+                }
+                if untidy(inbox, &self.bounds) {
+                    self.untidy.push(name.to_owned());
+                }
+            }
+            Outcome::Missed => {
+                // A retry by the driver may have missed what its first try had done, so this too is looked up.
+                self.database.metrics.store_conflict();
+                (inbox.shared, inbox.stale, user.unanswered) = (true, true, Some(attempt));
+            }
+            Outcome::Unknown(problem) => {
+                self.database.metrics.store_unknown();
+                self.problem = Some(StoreError::Unavailable(problem));
+                (inbox.stale, user.unanswered) = (true, Some(attempt));
+            }
+        }
+    }
+
+    /// Drops the users without work, and counts what the others have.
+    fn rest(&mut self) {
+        self.users.retain(|_, user| !user.queue.is_empty());
+        self.turns.retain(|name| self.users.contains_key(name));
+        self.taken = self.users.values().map(|user| user.queue.len()).sum();
+    }
+
+    /// Answers work that has waited too long.
+    fn give_up(&mut self) {
+        let now = Instant::now();
+        let late = "the database did not answer in time; whether something was stored is unknown".to_owned();
+        let error = self.problem.clone().unwrap_or(StoreError::Unavailable(late));
+        for user in self.users.values_mut() {
+            while user.queue.front().is_some_and(|queued| queued.deadline <= now) {
+                // All messages of a write have one fate: none of them may be written a second time.
+                let count = match user.unanswered.take().map(|attempt| attempt.kind) {
+                    Some(Kind::Append { count, .. }) => count,
+                    Some(Kind::Ack { .. } | Kind::Arm(_)) | None => 1,
+                };
+                self.database.metrics.store_error();
+                user.queue.drain(..count).for_each(|queued| queued.work.fail(&error));
+            }
+        }
+    }
+
+    /// Keeps the number of remembered inboxes bounded: those without work are read again when they are needed.
+    fn forget(&mut self) {
+        if self.inboxes.len() > MAX_INBOXES {
+            self.inboxes.retain(|name, _| self.users.contains_key(name));
+        }
+    }
+
+    /// Starts tidying inboxes, unless that is under way.
+    fn tidy(&mut self) {
+        if self.tidying.is_none() && !self.untidy.is_empty() {
+            self.untidy.sort_unstable();
+            self.untidy.dedup();
+            let users = self.untidy.split_off(self.untidy.len().saturating_sub(tidy::MAX_USERS));
+            self.tidying = Some(tokio::spawn(tidy::tidy(self.database.clone(), self.bounds, users)));
+        }
+    }
+
+    fn tidied(&mut self, tidied: Vec<Tidied>) {
+        for tidied in tidied {
+            if let Some(inbox) = self.inboxes.get_mut(&tidied.user) {
+                tidied.apply(inbox);
+                // What came meanwhile may be too much already.
+                if untidy(inbox, &self.bounds) {
+                    self.untidy.push(tidied.user);
+                }
+            }
+        }
+    }
+}
+
+impl Attempt {
+    /// How many messages or acks it is for.
+    fn items(&self) -> usize {
+        match &self.kind {
+            Kind::Append { count, .. } => *count,
+            Kind::Ack { plan, .. } => plan.count(),
+            Kind::Arm(_) => 0,
+        }
+    }
+}
+
+/// Waits for the tidying under way, for ever when there is none.
+async fn join(tidying: &mut Option<JoinHandle<Vec<Tidied>>>) -> Vec<Tidied> {
+    let Some(task) = tidying else { return std::future::pending().await };
+    let result = task.await;
+    *tidying = None;
+    result.unwrap_or_else(|error| {
+        if let Ok(panic) = error.try_into_panic() {
+            std::panic::resume_unwind(panic);
+        }
+        // The runtime is shutting down.
+        Vec::new()
+    })
+}
+
+/// Whether something is to be moved out of the inbox or removed beside it.
+fn untidy(inbox: &Inbox, bounds: &Bounds) -> bool {
+    inbox.open.len() > bounds.messages
+        || (inbox.bytes() > bounds.bytes && inbox.open.len() > 1)
+        || inbox.receipts > bounds.receipts
+        || inbox.keys.len() > bounds.keys
+        || inbox.has_garbage()
+}
+
+/// Whether nothing more fits before the inbox is tidied.
+fn over(inbox: &Inbox, bounds: &Bounds) -> bool {
+    inbox.open.len() > SLACK * bounds.messages
+        || inbox.bytes() > SLACK * bounds.bytes
+        || inbox.keys.len() > SLACK * bounds.keys
+}
+
+/// Arms an inbox that holds unwritten messages; the condition compares fields of the one document that it names.
+fn arm(rules: &Rules<'_>, user: &str, queue: &VecDeque<Queued>) -> Step {
+    let count = queue.iter().take_while(|queued| matches!(queued.work, Work::Arm(_))).count();
+    let unwritten = doc! { "$gt": ["$seq", { "$max": ["$mark", "$written"] }] };
+    let filter = doc! { "_id": user, "$expr": unwritten };
+    let due_us = rules.now_us + FIRST_DUE.as_micros() as u64;
+    let update = doc! { "$inc": { "armed": 1_i64 }, "$min": { "due": due_us.cast_signed() } };
+    let model = rules.database.update(filter, update, false);
+    Step::Write(Box::new(Attempt { batch: rules.batch, model, bytes: 0, kind: Kind::Arm(count) }))
+}

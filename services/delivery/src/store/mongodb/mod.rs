@@ -1,0 +1,371 @@
+//! Inboxes in MongoDB, which several delivery nodes share.
+//!
+//! One document holds all that decides about an inbox: the head, what is settled, when it is due, and the newest
+//! bodies. So one update is one step, on one shard, and its condition (the head as this node knows it) is what keeps
+//! seqs without gaps while several nodes append. `lane.rs` groups the updates of many users, `append.rs` and `ack.rs`
+//! make them, `tidy.rs` moves out of the document what makes it large. `documents.rs` has the fields.
+
+mod ack;
+mod append;
+mod clock;
+mod connect;
+mod database;
+mod documents;
+mod due;
+mod inbox;
+mod lane;
+mod reader;
+#[cfg(test)]
+mod tests;
+mod tidy;
+mod work;
+
+use std::{panic::AssertUnwindSafe, sync::Arc, time::Duration};
+
+use clock::ServerClock;
+pub use connect::OpenError;
+use database::Database;
+use due::Share;
+use futures::{FutureExt, future::BoxFuture};
+use lane::{Bounds, Lane};
+use mongodb::{
+    bson::Document,
+    event::{EventHandler, command::CommandEvent},
+};
+use parking_lot::Mutex;
+use prost::Message as _;
+use sanjay_runtime::clock::SharedClock;
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot},
+    time::Instant,
+};
+use uuid::Uuid;
+use work::{Ack, Append, Call, Queued, Work};
+
+use super::{
+    Acked, AppendError, Appended, DueInbox, InboxQuery, InboxStore, NewMessage, Page, Rearm, Receipt, Settle,
+    Stats, StoreError, StoreOptions,
+};
+
+/// How many groups of writes are under way at once: enough that the server has work for all its cores, and can sync
+/// several groups at once, while one waits for a disk or a majority.
+const LANES: usize = 8;
+
+/// Most messages, acks and wishes to arm that wait.
+const MAX_QUEUED: usize = 16_384;
+
+/// Most bytes of payload that wait, in units of 1 KiB.
+const MAX_QUEUED_KIB: usize = 64 * 1024;
+
+/// Most reads that run at once, and most that run or wait.
+const MAX_READERS: usize = 8;
+const MAX_WAITING_READS: usize = 4_096;
+
+/// How long work may take, with everything that is tried again for it. Less than a back end's deadline, so that it
+/// gets an answer.
+const DEADLINE: Duration = Duration::from_millis(4_500);
+
+/// A count of everything is used again for at least so long, and for a hundred times as long as it took, so that
+/// counting stays below a hundredth of a server's work for each node.
+const COUNT_AT_LEAST: Duration = Duration::from_secs(30);
+const COUNT_FACTOR: u32 = 100;
+
+/// What is otherwise in tests.
+#[derive(Clone)]
+pub(crate) struct Tuning {
+    /// The time; `None` for the server's.
+    pub(crate) clock: Option<SharedClock>,
+    /// Whether nodes share the work of redelivery.
+    pub(crate) sharing: bool,
+    /// Whether a count may be used again.
+    pub(crate) old_stats: bool,
+    bounds: Bounds,
+    /// Hears of each command.
+    pub(crate) commands: Option<EventHandler<CommandEvent>>,
+}
+
+impl Default for Tuning {
+    fn default() -> Self {
+        Self { clock: None, sharing: true, old_stats: true, bounds: Bounds::default(), commands: None }
+    }
+}
+
+/// How much the store held when it was last counted.
+#[derive(Default)]
+struct Counted {
+    stats: Stats,
+    /// Not counted again before.
+    again: Option<Instant>,
+    counting: bool,
+}
+
+/// The MongoDB adapter. Dropping it lets what is queued finish.
+pub struct MongoStore {
+    database: Database,
+    lanes: Vec<mpsc::Sender<Queued>>,
+    queued: Arc<Semaphore>,
+    queued_kib: Arc<Semaphore>,
+    readers: Arc<Semaphore>,
+    waiting_reads: Arc<Semaphore>,
+    share: Arc<Share>,
+    counted: Arc<Mutex<Counted>>,
+    old_stats: bool,
+}
+
+impl MongoStore {
+    /// Connects to a database, and makes in it what is missing.
+    ///
+    /// # Errors
+    /// When no server answers, it is too old or stands by itself, or the database is of another build.
+    pub async fn open(location: &super::Database, options: StoreOptions) -> Result<Self, OpenError> {
+        Self::open_with(location, options, Tuning::default()).await
+    }
+
+    pub(crate) async fn open_with(
+        location: &super::Database,
+        options: StoreOptions,
+        tuning: Tuning,
+    ) -> Result<Self, OpenError> {
+        let opened = connect::open(location, &options, &tuning).await?;
+        let clock = match tuning.clock {
+            Some(clock) => clock,
+            None => server_clock(&opened.client, options.clock.clone()).await,
+        };
+        let database = Database {
+            inbox: opened.database.collection("inbox"),
+            beside: opened.database.collection("beside"),
+            nodes: opened.database.collection::<Document>("nodes"),
+            client: opened.client,
+            store_id: opened.store_id,
+            node: format!("{:016x}", options.random.next_u64()).into(),
+            clock,
+            metrics: options.metrics.clone(),
+        };
+        let lanes = (0..LANES).map(|_| start_lane(&database, &options, tuning.bounds)).collect();
+        Ok(Self {
+            database,
+            lanes,
+            queued: Arc::new(Semaphore::new(MAX_QUEUED)),
+            queued_kib: Arc::new(Semaphore::new(MAX_QUEUED_KIB)),
+            readers: Arc::new(Semaphore::new(MAX_READERS)),
+            waiting_reads: Arc::new(Semaphore::new(MAX_WAITING_READS)),
+            share: Arc::new(Share::new(tuning.sharing)),
+            counted: Arc::default(),
+            old_stats: tuning.old_stats,
+        })
+    }
+
+    /// Places for so much work, or a refusal when there are too few.
+    fn places(&self, items: usize, bytes: usize) -> Result<Vec<OwnedSemaphorePermit>, StoreError> {
+        let take = |semaphore: &Arc<Semaphore>, count: usize, all: usize| {
+            // One call larger than the whole queue is let in when the queue is empty.
+            let count = u32::try_from(count.min(all)).unwrap_or(u32::MAX);
+            semaphore.clone().try_acquire_many_owned(count).map_err(|_| StoreError::Busy)
+        };
+        let mut places = vec![take(&self.queued, items, MAX_QUEUED)?];
+        if bytes > 0 {
+            places.push(take(&self.queued_kib, bytes.div_ceil(1024), MAX_QUEUED_KIB)?);
+        }
+        Ok(places)
+    }
+
+    /// Hands work to its user's lane without waiting.
+    fn submit(&self, user: String, work: Work) {
+        let hash = usize::try_from(documents::user_hash(&user)).unwrap_or(0);
+        let queued = Queued { user, work, deadline: Instant::now() + DEADLINE };
+        match self.lanes[hash % self.lanes.len()].try_send(queued) {
+            Ok(()) => {}
+            Err(mpsc::error::TrySendError::Full(queued)) => queued.work.fail(&StoreError::Busy),
+            Err(mpsc::error::TrySendError::Closed(queued)) => queued.work.fail(&gone()),
+        }
+    }
+
+    /// Runs a read when it is its turn.
+    fn run<T, F>(
+        &self,
+        read: impl FnOnce(Database) -> F + Send + 'static,
+    ) -> BoxFuture<'static, Result<T, StoreError>>
+    where
+        F: Future<Output = Result<T, StoreError>> + Send + 'static,
+        T: Send + 'static,
+    {
+        let Ok(waiting) = self.waiting_reads.clone().try_acquire_owned() else {
+            return async { Err(StoreError::Busy) }.boxed();
+        };
+        let (database, readers) = (self.database.clone(), self.readers.clone());
+        async move {
+            let _waiting = waiting;
+            let _permit = readers.acquire_owned().await.map_err(|_| gone())?;
+            read(database).await
+        }
+        .boxed()
+    }
+}
+
+/// Starts a lane. One that panics would leave users whose inboxes take nothing: the process ends instead.
+fn start_lane(database: &Database, options: &StoreOptions, bounds: Bounds) -> mpsc::Sender<Queued> {
+    let (sender, queue) = mpsc::channel(MAX_QUEUED);
+    let lane = Lane::new(database.clone(), options.on_commit.clone(), options.max_unsettled, bounds, queue);
+    tokio::spawn(async move {
+        if AssertUnwindSafe(lane.run()).catch_unwind().await.is_err() {
+            tracing::error!(
+                "a lane of the inbox store panicked; the process aborts so that it is started again"
+            );
+            std::process::abort();
+        }
+    });
+    sender
+}
+
+async fn server_clock(client: &mongodb::Client, fallback: SharedClock) -> SharedClock {
+    let clock = ServerClock::new(fallback);
+    if !clock.ask(client).await {
+        tracing::warn!("the database did not tell its time; this machine's is used until it does");
+    }
+    tokio::spawn(ServerClock::follow(Arc::downgrade(&clock), client.clone()));
+    clock
+}
+
+/// The lane is gone, which happens on shutdown.
+fn gone() -> StoreError {
+    StoreError::Unavailable("the store is closing".to_owned())
+}
+
+/// Waits for the answers to a call of so many parts.
+async fn answers<R>(
+    count: usize,
+    submitted: Result<oneshot::Receiver<Vec<R>>, StoreError>,
+    refusal: impl Fn(StoreError) -> R,
+) -> Vec<R> {
+    let results = match submitted {
+        Ok(answered) => answered.await.map_err(|_| gone()),
+        Err(error) => Err(error),
+    };
+    results.unwrap_or_else(|error| (0..count).map(|_| refusal(error.clone())).collect())
+}
+
+impl InboxStore for MongoStore {
+    fn append(&self, messages: Vec<NewMessage>) -> BoxFuture<'static, Vec<Result<Appended, AppendError>>> {
+        let count = messages.len();
+        if count == 0 {
+            return async { Vec::new() }.boxed();
+        }
+        let bytes = messages.iter().map(|message| message.payload.encoded_len()).sum();
+        let submitted = self.places(count, bytes).map(|places| {
+            let (call, answered) = Call::new(count, places);
+            for (part, message) in messages.into_iter().enumerate() {
+                let key = key(&message);
+                let user = message.user.clone();
+                self.submit(user, Work::Append(Append { message, key, call: call.clone(), part }));
+            }
+            answered
+        });
+        answers(count, submitted, |error| Err(error.into())).boxed()
+    }
+
+    fn read(&self, queries: Vec<InboxQuery>) -> BoxFuture<'static, Vec<Result<Page, StoreError>>> {
+        let count = queries.len();
+        let pages = self.run(move |database| async move { Ok(reader::read(&database, &queries).await) });
+        async move { pages.await.unwrap_or_else(|error| (0..count).map(|_| Err(error.clone())).collect()) }
+            .boxed()
+    }
+
+    fn ack(&self, settles: Vec<Settle>) -> BoxFuture<'static, Vec<Result<Acked, StoreError>>> {
+        let count = settles.len();
+        if count == 0 {
+            return async { Vec::new() }.boxed();
+        }
+        let submitted = self.places(count, 0).map(|places| {
+            let (call, answered) = Call::new(count, places);
+            for (part, settle) in settles.into_iter().enumerate() {
+                let user = settle.user.clone();
+                self.submit(user, Work::Ack(Ack::new(settle, call.clone(), part)));
+            }
+            answered
+        });
+        answers(count, submitted, Err).boxed()
+    }
+
+    fn lookup(
+        &self,
+        user: String,
+        message_id: Uuid,
+    ) -> BoxFuture<'static, Result<Option<Receipt>, StoreError>> {
+        self.run(move |database| async move { reader::lookup(&database, &user, message_id).await })
+    }
+
+    fn arm(&self, users: Vec<String>) {
+        for user in users {
+            // A hint: without a place in the queue, the edge's own reads make up for it.
+            let Ok(places) = self.places(1, 0) else { return };
+            self.submit(user, Work::Arm(places));
+        }
+    }
+
+    fn claim_due(
+        &self,
+        now_us: u64,
+        until_us: u64,
+        limit: usize,
+    ) -> BoxFuture<'static, Result<Vec<DueInbox>, StoreError>> {
+        let share = self.share.clone();
+        self.run(move |database| async move { due::claim(&database, &share, now_us, until_us, limit).await })
+    }
+
+    fn rearm(&self, rearms: Vec<Rearm>) -> BoxFuture<'static, Result<(), StoreError>> {
+        self.run(move |database| async move { due::rearm(&database, &rearms).await })
+    }
+
+    fn sweep(&self, _: u64, _: usize) -> BoxFuture<'static, Result<usize, StoreError>> {
+        // TTL indexes remove what is past its time.
+        async { Ok(0) }.boxed()
+    }
+
+    fn stats(&self) -> BoxFuture<'static, Result<Stats, StoreError>> {
+        if !self.old_stats {
+            return self.run(|database| async move { reader::stats(&database).await });
+        }
+        let mut counted = self.counted.lock();
+        let due = counted.again.is_none_or(|again| again <= Instant::now());
+        if due && !counted.counting {
+            counted.counting = true;
+            // Nobody waits for it: it may take long.
+            tokio::spawn(count(self.database.clone(), self.counted.clone()));
+        }
+        let stats = counted.stats;
+        async move { Ok(stats) }.boxed()
+    }
+
+    fn clock(&self) -> SharedClock {
+        self.database.clock.clone()
+    }
+}
+
+async fn count(database: Database, counted: Arc<Mutex<Counted>>) {
+    let began = Instant::now();
+    let stats = reader::stats(&database).await;
+    let pause = COUNT_AT_LEAST.max(began.elapsed() * COUNT_FACTOR);
+    let mut counted = counted.lock();
+    counted.counting = false;
+    counted.again = Some(Instant::now() + pause);
+    match stats {
+        Ok(stats) => counted.stats = stats,
+        Err(error) => tracing::warn!(%error, "inboxes were not counted"),
+    }
+}
+
+/// Digests of a message's dedupe key and of its payload.
+fn key(message: &NewMessage) -> Option<(Vec<u8>, Vec<u8>)> {
+    (!message.dedupe_key.is_empty()).then(|| {
+        let payload = ring::digest::digest(&ring::digest::SHA256, &message.payload.encode_to_vec());
+        (documents::key_digest(&message.caller, &message.dedupe_key), payload.as_ref().to_vec())
+    })
+}
+
+impl Drop for MongoStore {
+    fn drop(&mut self) {
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            runtime.spawn(due::leave(self.database.clone()));
+        }
+    }
+}

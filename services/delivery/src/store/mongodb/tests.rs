@@ -1,0 +1,135 @@
+//! The MongoDB adapter: the shared suite, several nodes on one database, and faults.
+
+use std::sync::Arc;
+
+use proptest::prelude::*;
+use sanjay_runtime::{
+    Secret,
+    clock::{Clock, ManualClock},
+    random::OsRandom,
+};
+use sanjay_testkit::servers::Mongo;
+
+use super::*;
+use crate::{
+    metrics::{self, Metrics},
+    store::{
+        self, CommitSink, Location,
+        suite::{self, Harness, MAX_UNSETTLED, message, operations},
+    },
+};
+
+mod faults;
+mod shapes;
+
+/// The clocks of tests begin in the year 2100: the server, which has the real time, must not find anything past
+/// its time.
+const BEGIN_US: u64 = 4_102_444_800_000_000;
+
+/// A database of its own on the server that the tests share.
+struct Case {
+    location: store::Database,
+    clock: Arc<ManualClock>,
+    tuning: Tuning,
+    max_unsettled: u64,
+    metrics: Metrics,
+    on_commit: Arc<dyn CommitSink>,
+}
+
+fn location(uri: &str, login: Option<(&str, &str)>) -> store::Database {
+    let (name, password) = login.unwrap_or_default();
+    match uri.parse::<Location>().unwrap().with_credentials(name, &Secret::new(password)) {
+        Location::Mongodb(database) => database,
+        Location::Redb(_) => panic!("{uri} is no MongoDB"),
+    }
+}
+
+impl Case {
+    fn at(location: store::Database) -> Self {
+        let clock = Arc::new(ManualClock::new(BEGIN_US));
+        let tuning =
+            Tuning { clock: Some(clock.clone()), sharing: false, old_stats: false, ..Tuning::default() };
+        Self {
+            location,
+            clock,
+            tuning,
+            max_unsettled: MAX_UNSETTLED,
+            metrics: metrics::for_tests(),
+            on_commit: Arc::new(()),
+        }
+    }
+
+    fn on(mongo: &Mongo) -> Self {
+        Self::at(location(&mongo.uri(&mongo.database()), mongo.login()))
+    }
+
+    /// So small inboxes that nearly everything moves out of them.
+    fn small(mut self) -> Self {
+        self.tuning.bounds = Bounds { messages: 3, bytes: 100_000, keep: 1, receipts: 2, keys: 1 };
+        self
+    }
+
+    fn options(&self) -> StoreOptions {
+        StoreOptions {
+            max_unsettled: self.max_unsettled,
+            clock: self.clock.clone(),
+            random: Arc::new(OsRandom),
+            metrics: self.metrics.clone(),
+            on_commit: self.on_commit.clone(),
+        }
+    }
+
+    /// One message for each id.
+    fn messages(&self, user: &str, ids: impl IntoIterator<Item = u128>) -> Vec<NewMessage> {
+        ids.into_iter().map(|id| message(user, id, &format!("body-{id}"), "", &self.clock)).collect()
+    }
+
+    /// With room for everything that a test sends.
+    fn roomy(mut self) -> Self {
+        self.max_unsettled = 100_000;
+        self
+    }
+
+    async fn open(&self) -> MongoStore {
+        MongoStore::open_with(&self.location, self.options(), self.tuning.clone()).await.unwrap()
+    }
+}
+
+impl Harness for Case {
+    const SWEPT_BY_DATABASE: bool = true;
+
+    fn clock(&self) -> &Arc<ManualClock> {
+        &self.clock
+    }
+
+    async fn reopen(&mut self) -> Arc<dyn InboxStore> {
+        Arc::new(self.open().await)
+    }
+}
+
+#[tokio::test]
+async fn fixed_cases() {
+    let mongo = Mongo::shared().await;
+    suite::fixed_cases(|| Case::on(mongo)).await;
+}
+
+#[tokio::test]
+async fn fixed_cases_beside_the_inbox() {
+    let mongo = Mongo::shared().await;
+    suite::fixed_cases(|| Case::on(mongo).small()).await;
+}
+
+proptest! {
+    // Each case takes some hundred calls to a server.
+    #![proptest_config(ProptestConfig { cases: 12, max_shrink_iters: 64, ..ProptestConfig::default() })]
+
+    #[test]
+    fn agrees_with_the_model(operations in operations(), small: bool) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let case = Case::on(Mongo::shared().await);
+            let case = if small { case.small() } else { case };
+            suite::agrees_with_the_model(case, operations).await;
+        });
+    }
+}

@@ -1,0 +1,364 @@
+//! What lies in the database, how it is found, and which databases are refused.
+
+use std::{collections::BTreeSet, time::Duration};
+
+use mongodb::{
+    Client,
+    bson::{Bson, Document, doc},
+};
+use parking_lot::Mutex;
+use sanjay_testkit::{eventually, free_port};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+};
+
+use super::*;
+use crate::store::{
+    FIRST_DUE, Next,
+    suite::{read_all, settle},
+};
+
+/// A collection, seen from outside.
+async fn look(case: &Case, collection: &str) -> mongodb::Collection<Document> {
+    let mut options = mongodb::options::ClientOptions::parse(&case.location.uri).await.unwrap();
+    if !case.location.username.is_empty() {
+        let credential = options.credential.get_or_insert_default();
+        credential.username = Some(case.location.username.clone());
+        credential.password = Some(case.location.password.expose().to_owned());
+    }
+    Client::with_options(options).unwrap().database(&case.location.name).collection(collection)
+}
+
+async fn inbox_of(collection: &mongodb::Collection<Document>, user: &str) -> Document {
+    collection.find_one(doc! { "_id": user }).await.unwrap().unwrap()
+}
+
+fn count(inbox: &Document, array: &str) -> usize {
+    inbox.get_array(array).map_or(0, Vec::len)
+}
+
+/// Documents of a kind.
+async fn kinds(collection: &mongodb::Collection<Document>, kind: &str) -> u64 {
+    collection.count_documents(doc! { "_id": { "$regex": format!("^{kind}/") } }).await.unwrap()
+}
+
+#[tokio::test]
+async fn a_long_inbox_moves_beside_its_document_and_is_cleared() {
+    let case = Case::on(Mongo::shared().await).roomy();
+    let (store, collection) = (case.open().await, look(&case, "inbox").await);
+    let beside = look(&case, "beside").await;
+    let bounds = Bounds::default();
+    // One more than fits moves all but the newest.
+    let fits = bounds.messages as u128;
+    let epoch = store.append(case.messages("bob", 1..=fits)).await.remove(0).unwrap().epoch;
+    assert_eq!(count(&inbox_of(&collection, "bob").await, "messages"), bounds.messages);
+    assert_eq!(kinds(&beside, "b").await, 0);
+    store.append(case.messages("bob", [fits + 1])).await.remove(0).unwrap();
+    let wait = Duration::from_secs(20);
+    eventually("bodies are beside the inbox", wait, async || {
+        (count(&inbox_of(&collection, "bob").await, "messages") == bounds.keep).then_some(())
+    })
+    .await;
+    assert_eq!(kinds(&beside, "b").await, 1);
+    for first in (fits + 2..400).step_by(40) {
+        store.append(case.messages("bob", first..first + 40)).await.remove(0).unwrap();
+    }
+    let head = read_all(&store, "bob").await.head;
+    let mut seqs = Vec::new();
+    while let page = {
+        let after = Some(seqs.last().copied().unwrap_or(0));
+        store.read(vec![InboxQuery { user: "bob".into(), after, limit: 50 }]).await.remove(0).unwrap()
+    } && !page.messages.is_empty()
+    {
+        seqs.extend(page.messages.iter().map(|message| message.seq));
+    }
+    assert_eq!(seqs, (1..=head).collect::<Vec<u64>>());
+    // A receipt is found wherever its message lies, and what is settled goes away.
+    let lookup = async |id: u128| store.lookup("bob".into(), Uuid::from_u128(id)).await.unwrap().unwrap();
+    assert!(!lookup(1).await.state.is_terminal());
+    store.ack(vec![settle("bob", epoch, &[(2, head - 1)], 0)]).await.remove(0).unwrap();
+    assert!(!lookup(1).await.state.is_terminal() && lookup(2).await.state.is_terminal());
+    assert_eq!(read_all(&store, "bob").await.messages.iter().map(|m| m.seq).collect::<Vec<_>>(), [1, head]);
+    store.ack(vec![settle("bob", epoch, &[(1, head)], 0)]).await.remove(0).unwrap();
+    eventually("nothing lies beside the inbox", wait, async || {
+        (kinds(&beside, "b").await == 0).then_some(())
+    })
+    .await;
+    assert!(lookup(1).await.state.is_terminal());
+}
+
+#[tokio::test]
+async fn large_messages_do_not_gather_in_the_document() {
+    let case = Case::on(Mongo::shared().await).roomy();
+    let (store, collection) = (case.open().await, look(&case, "inbox").await);
+    let large = "x".repeat(60_000);
+    for id in 1..=12 {
+        let sent = message("bob", id, &large, "", &case.clock);
+        assert_eq!(store.append(vec![sent]).await.remove(0).unwrap().seq, id as u64);
+    }
+    eventually("the document is small", Duration::from_secs(20), async || {
+        let inbox = inbox_of(&collection, "bob").await;
+        (inbox.to_vec().unwrap().len() < 2 * Bounds::default().bytes).then_some(())
+    })
+    .await;
+    let page = read_all(&store, "bob").await;
+    assert_eq!(page.messages.len(), 12);
+    assert!(page.messages.iter().all(|message| message.payload == Some((*suite::text(&large)).clone())));
+}
+
+#[tokio::test]
+async fn keys_and_receipts_leave_the_document_with_an_expiry() {
+    let case = Case::on(Mongo::shared().await).roomy().small();
+    let store = case.open().await;
+    let beside = look(&case, "beside").await;
+    for id in 1..=9 {
+        let sent = message("bob", id, "x", &format!("key-{id}"), &case.clock);
+        let epoch = store.append(vec![sent]).await.remove(0).unwrap().epoch;
+        store.ack(vec![settle("bob", epoch, &[(id as u64, id as u64)], 0)]).await.remove(0).unwrap();
+    }
+    eventually("they are beside the inbox", Duration::from_secs(20), async || {
+        (kinds(&beside, "d").await > 4 && kinds(&beside, "r").await > 1).then_some(())
+    })
+    .await;
+    let until = |kind: &str| beside.find_one(doc! { "_id": { "$regex": format!("^{kind}/") } });
+    let day = mongodb::bson::DateTime::from_millis((BEGIN_US / 1_000) as i64 + 24 * 3_600_000);
+    assert_eq!(until("d").await.unwrap().unwrap().get_datetime("x").unwrap(), &day);
+    let week = mongodb::bson::DateTime::from_millis((BEGIN_US / 1_000) as i64 + 7 * 24 * 3_600_000);
+    assert_eq!(until("r").await.unwrap().unwrap().get_datetime("x").unwrap(), &week);
+    let again = message("bob", 99, "x", "key-1", &case.clock);
+    let again = store.append(vec![again]).await.remove(0).unwrap();
+    assert_eq!((again.seq, again.duplicate), (1, true));
+}
+
+#[tokio::test]
+async fn writers_that_are_gone_are_forgotten() {
+    let case = Case::on(Mongo::shared().await).roomy();
+    for id in 1..=14 {
+        let store = case.open().await;
+        store.append(case.messages("bob", [id])).await.remove(0).unwrap();
+        case.clock.advance(Duration::from_secs(4_000));
+    }
+    let inbox = inbox_of(&look(&case, "inbox").await, "bob").await;
+    let writers = inbox.get_document("writers").unwrap().len();
+    assert!((2..=9).contains(&writers), "{writers}");
+}
+
+/// Whether a filter, or a document that is inserted, fixes the shard key: the user, or some users.
+fn names_users(collection: &str, filter: &Document) -> bool {
+    let key = if collection == "inbox" { "_id" } else { "u" };
+    match filter.get(key) {
+        Some(Bson::String(_)) => true,
+        Some(Bson::Document(condition)) => condition.keys().eq(["$in"]),
+        _ => false,
+    }
+}
+
+/// The collection and the filter of each read and write in a command.
+fn parts(name: &str, command: &Document) -> Vec<(String, Document)> {
+    let target = command.get_str(name).unwrap_or_default().to_owned();
+    match name {
+        "find" => vec![(target, command.get_document("filter").unwrap().clone())],
+        "bulkWrite" => {
+            let namespaces = command.get_array("nsInfo").unwrap();
+            let part = |op: &Bson| {
+                let op = op.as_document().unwrap();
+                let index = op.values().next().unwrap();
+                let index =
+                    index.as_i32().map_or_else(|| index.as_i64().unwrap() as usize, |index| index as usize);
+                let namespace = namespaces[index].as_document().unwrap().get_str("ns").unwrap();
+                let filter = op.get_document("filter").or_else(|_| op.get_document("document")).unwrap();
+                (namespace.rsplit('.').next().unwrap().to_owned(), filter.clone())
+            };
+            command.get_array("ops").unwrap().iter().map(part).collect()
+        }
+        // Inboxes are written to in groups alone, so that one of these would be found out.
+        "update" | "insert" | "delete" | "findAndModify" => vec![(target, Document::new())],
+        _ => Vec::new(),
+    }
+}
+
+/// Each command on the hot path says whose inbox it is about, so that a sharded cluster asks one shard.
+#[tokio::test]
+async fn hot_commands_name_the_user() {
+    let heard = Arc::new(Mutex::new(BTreeSet::new()));
+    let strays = Arc::new(Mutex::new(Vec::new()));
+    let mut case = Case::on(Mongo::shared().await).roomy().small();
+    let (to_heard, to_strays) = (heard.clone(), strays.clone());
+    case.tuning.commands = Some(EventHandler::callback(move |event| {
+        let CommandEvent::Started(started) = event else { return };
+        for (collection, filter) in parts(&started.command_name, &started.command) {
+            if collection != "inbox" && collection != "beside" {
+                continue;
+            }
+            to_heard.lock().insert(format!("{} {collection}", started.command_name));
+            // The scan for what is due is the one that asks every shard.
+            if !names_users(&collection, &filter) && !filter.contains_key("due") {
+                to_strays.lock().push((collection, filter));
+            }
+        }
+    }));
+    let store = case.open().await;
+    let epoch = read_all(&store, "bob").await.epoch;
+    for id in 1..=12 {
+        let sent = message("bob", id, "x", &format!("key-{id}"), &case.clock);
+        store.append(vec![sent]).await.remove(0).unwrap();
+    }
+    read_all(&store, "bob").await;
+    store.arm(vec!["bob".to_owned()]);
+    store.ack(vec![settle("bob", epoch, &[(1, 5), (8, 9)], 10)]).await.remove(0).unwrap();
+    store.lookup("bob".to_owned(), Uuid::from_u128(1)).await.unwrap().unwrap();
+    case.clock.advance(FIRST_DUE);
+    let now_us = case.clock.now_us();
+    let claimed = store.claim_due(now_us, now_us + 1_000, 10).await.unwrap().remove(0);
+    store.rearm(vec![Rearm { user: claimed.user, armed: claimed.armed, next: Next::Parked }]).await.unwrap();
+    assert_eq!(*strays.lock(), []);
+    let expected = ["bulkWrite beside", "bulkWrite inbox", "find beside", "find inbox"].map(str::to_owned);
+    assert_eq!(*heard.lock(), BTreeSet::from(expected));
+}
+
+fn stages(plan: &Document, into: &mut Vec<String>) {
+    into.extend(plan.get_str("stage").map(str::to_owned));
+    for (_, value) in plan {
+        match value {
+            Bson::Document(inner) => stages(inner, into),
+            Bson::Array(many) => {
+                many.iter().filter_map(Bson::as_document).for_each(|inner| stages(inner, into))
+            }
+            _ => {}
+        }
+    }
+}
+
+/// No hot query reads the whole collection or sorts in memory.
+#[tokio::test]
+async fn hot_queries_use_an_index() {
+    let mongo = Mongo::shared().await;
+    let case = Case::on(mongo).roomy().small();
+    let (store, collection) = (case.open().await, look(&case, "inbox").await);
+    for user in 0..30_u128 {
+        store.append(case.messages(&format!("user-{user}"), user * 100..user * 100 + 8)).await;
+    }
+    let users = ["user-1", "user-2"];
+    let queries = [
+        ("inbox", doc! { "_id": { "$in": users.to_vec() } }, doc! {}),
+        ("inbox", doc! { "_id": users[0], "seq": 8_i64 }, doc! {}),
+        ("beside", documents::bodies_between(users[0], 1, 6), doc! { "_id": 1 }),
+        ("beside", doc! { "ids": documents::id(Uuid::from_u128(100)), "u": users[0] }, doc! {}),
+        ("inbox", due::due_filter(u64::MAX / 4, 0, 1 << 31), doc! { "due": 1 }),
+        ("inbox", due::due_filter(u64::MAX / 4, 1 << 29, 1 << 30), doc! { "due": 1 }),
+    ];
+    let database = collection.client().database(&case.location.name);
+    for (name, filter, sort) in queries {
+        let find = doc! { "find": name, "filter": &filter, "sort": sort, "limit": 10 };
+        let explained =
+            database.run_command(doc! { "explain": find, "verbosity": "executionStats" }).await.unwrap();
+        let planner = explained.get_document("queryPlanner").unwrap();
+        let mut used = Vec::new();
+        stages(planner.get_document("winningPlan").unwrap(), &mut used);
+        assert!(!used.is_empty(), "{name}: {explained}");
+        // SecantusDB's Python server says COLLSCAN and SORT of what it looks up by key.
+        if !mongo.describe().contains("secantusd-py") {
+            assert!(!used.iter().any(|stage| stage == "COLLSCAN" || stage == "SORT"), "{filter}: {used:?}");
+        }
+    }
+}
+
+/// Nodes claim different inboxes, and what belongs to a node that is gone is not left lying.
+#[tokio::test]
+async fn nodes_share_the_redelivery() {
+    let mut case = Case::on(Mongo::shared().await).roomy();
+    case.tuning.sharing = true;
+    let (one, two) = (case.open().await, case.open().await);
+    let batch = (0..60_u128).flat_map(|user| case.messages(&format!("user-{user}"), [user]));
+    one.append(batch.collect()).await.into_iter().for_each(|result| assert!(result.is_ok()));
+    case.clock.advance(FIRST_DUE);
+    let hold = Duration::from_secs(30).as_micros() as u64;
+    let claim = |store: &MongoStore| {
+        let now_us = case.clock.now_us();
+        store.claim_due(now_us, now_us + hold, 100)
+    };
+    // The first that asks does not know of the second yet.
+    let nobody = one.claim_due(0, 1, 100).await.unwrap();
+    assert_eq!(nobody, []);
+    assert_eq!(two.claim_due(0, 1, 100).await.unwrap(), []);
+    tokio::time::sleep(Duration::from_millis(2_100)).await;
+    let (first, second) = tokio::join!(claim(&one), claim(&two));
+    let users = |claimed: &[DueInbox]| claimed.iter().map(|due| due.user.clone()).collect::<BTreeSet<_>>();
+    let (first, second) = (users(&first.unwrap()), users(&second.unwrap()));
+    assert!(first.is_disjoint(&second) && first.len() + second.len() == 60);
+    assert!(first.len() > 15 && second.len() > 15, "{} and {}", first.len(), second.len());
+    // What the other does not claim in time is claimed by whoever is there.
+    case.clock.advance(Duration::from_secs(36));
+    assert_eq!(users(&claim(&one).await.unwrap()).len(), 60);
+}
+
+#[tokio::test]
+async fn another_format_and_a_missing_server_are_named() {
+    let mongo = Mongo::shared().await;
+    let case = Case::on(mongo);
+    drop(case.open().await);
+    let database = look(&case, "inbox").await.client().database(&case.location.name);
+    let meta = database.collection::<Document>("meta");
+    meta.update_one(doc! { "_id": "store" }, doc! { "$set": { "format": 2_i64 } }).await.unwrap();
+    let open = async |location: &store::Database| {
+        let opened = MongoStore::open_with(location, case.options(), case.tuning.clone()).await;
+        opened.map(|_| ()).unwrap_err()
+    };
+    let error = open(&case.location).await;
+    assert!(matches!(error, OpenError::Format { found: 2, .. }), "{error}");
+    let nobody = format!("mongodb://127.0.0.1:{}/db", free_port());
+    let error = open(&location(&nobody, None)).await;
+    assert!(matches!(error, OpenError::Unreachable { .. }), "{error}");
+    assert!(error.to_string().contains("check `delivery.store`"), "{error}");
+}
+
+/// Passes everything on, and makes the server say that it is a 7.
+async fn aged(port: u16) -> u16 {
+    let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+    let own = listener.local_addr().unwrap().port();
+    tokio::spawn(async move {
+        while let Ok((client, _)) = listener.accept().await {
+            let server = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+            let ((mut from_client, mut to_client), (mut from_server, mut to_server)) =
+                (client.into_split(), server.into_split());
+            tokio::spawn(async move { tokio::io::copy(&mut from_client, &mut to_server).await });
+            tokio::spawn(async move {
+                let mut buffer = vec![0; 64 * 1024];
+                while let Ok(read @ 1..) = from_server.read(&mut buffer).await {
+                    let bytes = &mut buffer[..read];
+                    // The field, the length of the text in four bytes, the text.
+                    if let Some(at) = bytes.windows(8).position(|window| window == b"version\0") {
+                        bytes[at + 12] = b'7';
+                    }
+                    to_client.write_all(bytes).await.unwrap();
+                }
+            });
+        }
+    });
+    own
+}
+
+#[tokio::test]
+async fn an_old_server_is_refused() {
+    let mongo = Mongo::start().await;
+    let uri = format!("mongodb://127.0.0.1:{}/db?directConnection=true", aged(mongo.port()).await);
+    let case = Case::at(location(&uri, None));
+    let opened = MongoStore::open_with(&case.location, case.options(), case.tuning.clone()).await;
+    let error = opened.map(|_| ()).unwrap_err();
+    assert!(matches!(error, OpenError::TooOld { .. }), "{error}");
+    assert!(
+        error.to_string().contains("runs MongoDB 7.") && error.to_string().contains("8.0 or newer"),
+        "{error}"
+    );
+}
+
+#[tokio::test]
+async fn time_is_the_servers() {
+    let mut case = Case::on(Mongo::shared().await);
+    case.tuning.clock = None;
+    let store = case.open().await;
+    // This machine's clock, which is in the year 2100 here, does not count.
+    let now_us = InboxStore::clock(&store).now_us();
+    assert!((1_700_000_000_000_000..BEGIN_US).contains(&now_us), "{now_us}");
+}

@@ -1,0 +1,124 @@
+//! What waits for a lane, and where its answers go.
+
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use sanjay_proto::client::v1::SeqRange;
+use tokio::{
+    sync::{OwnedSemaphorePermit, oneshot},
+    time::Instant,
+};
+
+use crate::store::{
+    Acked, AppendError, Appended, MAX_REPORTED, NewMessage, Settle, SettledMessage, StoreError,
+};
+
+/// Answers of one call, complete when each of its parts has one. It holds the call's places in the queue.
+pub(super) struct Call<R> {
+    answers: Mutex<Answers<R>>,
+    _permits: Vec<OwnedSemaphorePermit>,
+}
+
+struct Answers<R> {
+    slots: Vec<Option<R>>,
+    missing: usize,
+    sender: Option<oneshot::Sender<Vec<R>>>,
+}
+
+impl<R> Call<R> {
+    /// A call of so many parts, at least one.
+    pub(super) fn new(
+        parts: usize,
+        permits: Vec<OwnedSemaphorePermit>,
+    ) -> (Arc<Self>, oneshot::Receiver<Vec<R>>) {
+        let (sender, receiver) = oneshot::channel();
+        let slots = std::iter::repeat_with(|| None).take(parts).collect();
+        let answers = Mutex::new(Answers { slots, missing: parts, sender: Some(sender) });
+        (Arc::new(Self { answers, _permits: permits }), receiver)
+    }
+
+    fn answer(&self, part: usize, answer: R) {
+        let mut answers = self.answers.lock();
+        if answers.slots[part].replace(answer).is_none() {
+            answers.missing -= 1;
+        }
+        if answers.missing == 0
+            && let Some(sender) = answers.sender.take()
+        {
+            // Who asked may have gone away, which is no concern of the lane.
+            let _gone = sender.send(std::mem::take(&mut answers.slots).into_iter().flatten().collect());
+        }
+    }
+}
+
+/// A message to append.
+pub(super) struct Append {
+    pub(super) message: NewMessage,
+    /// Digest of its dedupe key and of its payload; `None` without a key.
+    pub(super) key: Option<(Vec<u8>, Vec<u8>)>,
+    pub(super) call: Arc<Call<Result<Appended, AppendError>>>,
+    pub(super) part: usize,
+}
+
+impl Append {
+    pub(super) fn answer(self, result: Result<Appended, AppendError>) {
+        self.call.answer(self.part, result);
+    }
+}
+
+/// Something to settle or to note.
+pub(super) struct Ack {
+    pub(super) settle: Settle,
+    /// Ascending; what was settled in earlier writes for this ack is in `done`.
+    pub(super) ranges: Vec<(u64, u64)>,
+    pub(super) done: Vec<SettledMessage>,
+    pub(super) call: Arc<Call<Result<Acked, StoreError>>>,
+    pub(super) part: usize,
+}
+
+impl Ack {
+    pub(super) fn new(settle: Settle, call: Arc<Call<Result<Acked, StoreError>>>, part: usize) -> Self {
+        let mut ranges: Vec<(u64, u64)> =
+            settle.ranges.iter().map(|&SeqRange { from, to }| (from, to)).collect();
+        // In ascending order, what moves the mark comes before what needs a range of its own.
+        ranges.sort_unstable();
+        Self { settle, ranges, done: Vec::new(), call, part }
+    }
+
+    /// Notes what was settled for it.
+    pub(super) fn settled(&mut self, messages: Vec<SettledMessage>) {
+        let room = MAX_REPORTED - self.done.len();
+        self.done.extend(messages.into_iter().take(room));
+    }
+
+    pub(super) fn answer(self, result: Result<(u64, usize), StoreError>) {
+        let acked = result.map(|(mark, refused)| Acked { mark, messages: self.done, refused });
+        self.call.answer(self.part, acked);
+    }
+}
+
+/// What waits for a lane.
+pub(super) enum Work {
+    Append(Append),
+    Ack(Ack),
+    /// Arms the inbox; keeps its place in the queue until it is dropped.
+    Arm(#[expect(dead_code, reason = "it is held, not read")] Vec<OwnedSemaphorePermit>),
+}
+
+impl Work {
+    pub(super) fn fail(self, error: &StoreError) {
+        match self {
+            Work::Append(append) => append.answer(Err(error.clone().into())),
+            Work::Ack(ack) => ack.answer(Err(error.clone())),
+            Work::Arm(_) => {}
+        }
+    }
+}
+
+/// Work in a lane's queue.
+pub(super) struct Queued {
+    pub(super) user: String,
+    pub(super) work: Work,
+    /// When it is answered that it could not be done.
+    pub(super) deadline: Instant,
+}

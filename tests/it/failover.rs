@@ -278,3 +278,37 @@ async fn an_edge_is_ready_while_it_has_a_router_and_a_delivery_node() {
     })
     .await;
 }
+
+#[tokio::test]
+async fn thousands_of_sessions_are_announced_again_beside_what_clients_ask_for() {
+    const SESSIONS: u64 = 3_000;
+    within(180, "the announcement of many sessions", async {
+        let mut cluster = Cluster::builder().routers(2).redis().start().await;
+        let url = cluster.url();
+        let mut ann = Peer::connect(&url, "ann").await;
+        ann.subscribe("news").await;
+        let mut crowd = Vec::new();
+        for number in 1..SESSIONS {
+            crowd.push(Peer::connect(&url, &format!("user {number}")).await);
+        }
+        let (dead, count) = (router_of(&cluster, 0), attachments(&cluster, 0).len());
+        let killed = Instant::now();
+        cluster.kill((Role::Router, dead));
+        attached(&cluster, 0, count + 1, REATTACH).await;
+        ann.publish("news", "beside them").await;
+        message(&mut ann, "beside them").await;
+        let passed = killed.elapsed();
+        let announced = async || {
+            let sessions = metric(&cluster, (Role::Router, 1 - dead), "sanjay_router_sessions").await;
+            (sessions == SESSIONS).then_some(())
+        };
+        eventually("all sessions are announced", PATIENCE, announced).await;
+        println!(
+            "a message passed {passed:?} after the kill; all sessions were known after {:?}",
+            killed.elapsed()
+        );
+        assert!(passed < REATTACH, "{passed:?}");
+        drop(crowd);
+    })
+    .await;
+}

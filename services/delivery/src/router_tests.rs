@@ -120,7 +120,7 @@ async fn only_what_has_a_key_is_published_again_elsewhere() {
     let two = Two::start().await;
     two.hang_one();
     let batch = || vec![publication("a", "key a"), publication("b", ""), publication("c", "key c")];
-    // The routers are asked in turn, so that one of two batches meets the one that hangs.
+    // The routers are asked in turn, so that one of two batches at least meets the one that hangs.
     let mut met = 0;
     for _ in 0..2 {
         let began = Instant::now();
@@ -138,7 +138,7 @@ async fn only_what_has_a_key_is_published_again_elsewhere() {
         assert_eq!(first[..3], ["a", "b", "c"]);
         assert_eq!(second, ["a", "c"], "in their order, and without the one that may have been published");
     }
-    assert_eq!(met, 1);
+    assert!(met >= 1);
 }
 
 #[tokio::test]

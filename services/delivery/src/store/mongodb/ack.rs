@@ -9,7 +9,7 @@ use uuid::Uuid;
 use super::{
     documents::{self, ReceiptDoc, SettlerDoc},
     inbox::Inbox,
-    lane::{Attempt, Kind, Rules, Step},
+    plan::{Attempt, Kind, Rules, Step},
     work::{Ack, Queued, Work},
 };
 use crate::{

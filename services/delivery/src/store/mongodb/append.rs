@@ -9,7 +9,7 @@ use super::{
     database::Database,
     documents::{self, KeyDoc, MessageDoc, WriterDoc, binary, id},
     inbox::{Inbox, Open},
-    lane::{Attempt, Kind, Rules, Step},
+    plan::{Attempt, Kind, Rules, Step},
     work::{Append, Queued, Work},
 };
 use crate::store::{AppendError, Appended, CommitSink, DEDUPE_WINDOW, FIRST_DUE, StoreError};

@@ -2,31 +2,30 @@
 //! user, and the next group when that is answered. Users are spread over lanes by their hash, so that the order of
 //! what one user gets is the order in which it was submitted.
 
+mod reads;
+
 use std::{
     collections::{HashMap, VecDeque},
     sync::Arc,
     time::Duration,
 };
 
-use mongodb::{
-    bson::doc,
-    options::{FindOptions, WriteModel},
-};
 use tokio::{sync::mpsc, task::JoinHandle, time::Instant};
 
 use super::{
     ack,
     append::{self, KeysBeside},
     database::{Database, Outcome},
-    documents::{BodiesDoc, InboxDoc, KeyDoc, bodies_between},
-    inbox::{Inbox, Open},
+    documents::SettlerDoc,
+    inbox::Inbox,
+    plan::{Attempt, Bounds, Kind, Rules, Step, arm, over, untidy},
     tidy::{self, Tidied},
     work::{Queued, Work},
 };
 use crate::{
     metrics::StoreOperation,
     spans,
-    store::{CommitSink, FIRST_DUE, NewMessage, StoreError},
+    store::{CommitSink, NewMessage, StoreError},
 };
 
 /// Most users of one group of writes.
@@ -44,71 +43,6 @@ const MAX_INBOXES: usize = 512;
 /// Pauses after rounds that came to nothing: short at first, because another node or the majority may be just
 /// about to be through.
 const PAUSES_MS: [u64; 6] = [2, 5, 20, 50, 100, 200];
-
-/// Bounds of what an inbox holds itself; what is beyond is moved beside it.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Bounds {
-    /// Messages, and bytes of their payloads.
-    pub(super) messages: usize,
-    pub(super) bytes: usize,
-    /// How many of the newest messages stay when the others move.
-    pub(super) keep: usize,
-    pub(super) receipts: usize,
-    pub(super) keys: usize,
-}
-
-impl Default for Bounds {
-    fn default() -> Self {
-        // Each write rewrites the document, so it is kept to what a client that is there has not acknowledged yet.
-        Self { messages: 16, bytes: 32 * 1024, keep: 4, receipts: 16, keys: 16 }
-    }
-}
-
-/// By how much an inbox may exceed its bounds before nothing is appended until it was tidied.
-const SLACK: usize = 8;
-
-/// What the planning of writes goes by.
-#[derive(Clone, Copy)]
-pub(super) struct Rules<'a> {
-    pub(super) database: &'a Database,
-    pub(super) now_us: u64,
-    pub(super) max_unsettled: u64,
-    /// Number of the write that is being made.
-    pub(super) batch: i64,
-}
-
-/// A write under way, or without an answer.
-pub(super) struct Attempt {
-    pub(super) batch: i64,
-    pub(super) model: WriteModel,
-    /// Bytes of payload.
-    pub(super) bytes: usize,
-    pub(super) kind: Kind,
-}
-
-pub(super) enum Kind {
-    /// Messages at the front of the queue.
-    Append { first: u64, count: usize },
-    /// Acks at the front of the queue; how often something had been settled before.
-    Ack { settles: i64, plan: ack::Plan },
-    /// So many wishes to arm the inbox, at the front of the queue.
-    Arm(usize),
-}
-
-/// What follows for a user in this round.
-pub(super) enum Step {
-    Write(Box<Attempt>),
-    /// The inbox must be read first.
-    Read,
-    /// Bodies beside the inbox must be read first.
-    Beside(u64, u64),
-    /// Something was answered without a write; plan what follows it.
-    Again,
-    /// The first so many cannot be done.
-    Fail(usize, StoreError),
-    /// Not in this round.
-    Wait,
-}
 
 /// A user with work.
 #[derive(Default)]
@@ -274,79 +208,6 @@ impl Lane {
         })
     }
 
-    /// Reads the inboxes of which too little is known.
-    async fn read(&mut self, users: &[String]) -> Result<(), StoreError> {
-        let mut wanted = Vec::new();
-        for name in users {
-            let Some(user) = self.users.get(name) else { continue };
-            // Arming needs no knowledge.
-            if user.queue.iter().all(|queued| matches!(queued.work, Work::Arm(_))) {
-                continue;
-            }
-            let unanswered = user.unanswered.is_some();
-            match self.inboxes.get_mut(name) {
-                Some(inbox) if !inbox.stale && !inbox.shared && !unanswered => {
-                    (inbox.fresh, inbox.looked_beside) = (false, false);
-                    inbox.beside.clear();
-                }
-                _ => wanted.push(name.clone()),
-            }
-        }
-        self.read_inboxes(&wanted).await
-    }
-
-    async fn read_inboxes(&mut self, users: &[String]) -> Result<(), StoreError> {
-        if users.is_empty() {
-            return Ok(());
-        }
-        let projection = doc! { "messages.p": 0, "receipts.s": 0, "receipts.a": 0, "receipts.t": 0 };
-        let found: Vec<InboxDoc> =
-            self.database.find_inboxes(StoreOperation::ReadState, users, projection).await?;
-        let mut found: HashMap<String, InboxDoc> =
-            found.into_iter().map(|document| (document.user.clone(), document)).collect();
-        for name in users {
-            let read = match found.remove(name) {
-                Some(document) => Inbox::new(document)?,
-                None => Inbox::none(self.database.store_id, name),
-            };
-            match self.inboxes.get_mut(name) {
-                Some(inbox) => inbox.refresh(read),
-                None => drop(self.inboxes.insert(name.clone(), read)),
-            }
-        }
-        Ok(())
-    }
-
-    /// Looks for dedupe keys that have left their inbox. Together with the condition of the write that is enough:
-    /// a key that comes to an inbox raises its head.
-    async fn read_keys(&self, users: &[String]) -> Result<KeysBeside, StoreError> {
-        let (mut ids, mut owners) = (Vec::new(), Vec::new());
-        for name in users {
-            let (Some(user), Some(inbox)) = (self.users.get(name), self.inboxes.get(name)) else { continue };
-            let keys = append::keys_to_look_for(name, &user.queue, inbox);
-            if !keys.is_empty() {
-                owners.push(name.clone());
-                ids.extend(keys);
-            }
-        }
-        if ids.is_empty() {
-            return Ok(KeysBeside::new());
-        }
-        #[derive(serde::Deserialize)]
-        struct Found {
-            #[serde(rename = "_id")]
-            id: String,
-            #[serde(flatten)]
-            key: KeyDoc,
-        }
-        let filter = doc! { "_id": { "$in": &ids }, "u": { "$in": owners } };
-        let found: Vec<Found> =
-            self.database.find_beside(StoreOperation::ReadState, filter, FindOptions::default()).await?;
-        let mut beside: KeysBeside = ids.into_iter().map(|id| (id, None)).collect();
-        beside.extend(found.into_iter().map(|found| (found.id, Some(found.key))));
-        Ok(beside)
-    }
-
     /// Makes the next write for a user, and answers what needs none.
     async fn plan(&mut self, name: &str, beside: &KeysBeside) -> Result<Option<Box<Attempt>>, StoreError> {
         if let Some(attempt) = self.resolve(name) {
@@ -404,9 +265,8 @@ impl Lane {
                 (inbox.head + 1 == first).then_some(attempt)
             }
             Kind::Ack { settles, plan } => {
-                let ours = |settler: &super::documents::SettlerDoc| {
-                    settler.w == *self.database.node && settler.b == attempt.batch
-                };
+                let ours =
+                    |settler: &SettlerDoc| settler.w == *self.database.node && settler.b == attempt.batch;
                 if plan.count() > 0 && inbox.settler.as_ref().is_some_and(ours) {
                     if let Kind::Ack { plan, .. } = attempt.kind {
                         plan.answer(&mut user.queue);
@@ -417,21 +277,6 @@ impl Lane {
             }
             Kind::Arm(_) => None,
         }
-    }
-
-    async fn read_beside(&mut self, name: &str, from: u64, to: u64) -> Result<(), StoreError> {
-        let options = FindOptions::builder().projection(doc! { "messages.p": 0 }).build();
-        let found: Vec<BodiesDoc> = self
-            .database
-            .find_beside(StoreOperation::ReadState, bodies_between(name, from, to), options)
-            .await?;
-        if let Some(inbox) = self.inboxes.get_mut(name) {
-            let messages = found.iter().flat_map(|bodies| &bodies.messages);
-            let open = messages.map(|message| Open::new(message).map(|open| (open.seq, open)));
-            inbox.beside = open.collect::<Result<_, _>>()?;
-            inbox.looked_beside = true;
-        }
-        Ok(())
     }
 
     /// Takes over what became of a write.
@@ -525,17 +370,6 @@ impl Lane {
     }
 }
 
-impl Attempt {
-    /// How many messages or acks it is for.
-    fn items(&self) -> usize {
-        match &self.kind {
-            Kind::Append { count, .. } => *count,
-            Kind::Ack { plan, .. } => plan.count(),
-            Kind::Arm(_) => 0,
-        }
-    }
-}
-
 /// Waits for the tidying under way, for ever when there is none.
 async fn join(tidying: &mut Option<JoinHandle<Vec<Tidied>>>) -> Vec<Tidied> {
     let Some(task) = tidying else { return std::future::pending().await };
@@ -548,31 +382,4 @@ async fn join(tidying: &mut Option<JoinHandle<Vec<Tidied>>>) -> Vec<Tidied> {
         // The runtime is shutting down.
         Vec::new()
     })
-}
-
-/// Whether something is to be moved out of the inbox or removed beside it.
-fn untidy(inbox: &Inbox, bounds: &Bounds) -> bool {
-    inbox.open.len() > bounds.messages
-        || (inbox.bytes() > bounds.bytes && inbox.open.len() > 1)
-        || inbox.receipts > bounds.receipts
-        || inbox.keys.len() > bounds.keys
-        || inbox.has_garbage()
-}
-
-/// Whether nothing more fits before the inbox is tidied.
-fn over(inbox: &Inbox, bounds: &Bounds) -> bool {
-    inbox.open.len() > SLACK * bounds.messages
-        || inbox.bytes() > SLACK * bounds.bytes
-        || inbox.keys.len() > SLACK * bounds.keys
-}
-
-/// Arms an inbox that holds unwritten messages; the condition compares fields of the one document that it names.
-fn arm(rules: &Rules<'_>, user: &str, queue: &VecDeque<Queued>) -> Step {
-    let count = queue.iter().take_while(|queued| matches!(queued.work, Work::Arm(_))).count();
-    let unwritten = doc! { "$gt": ["$seq", { "$max": ["$mark", "$written"] }] };
-    let filter = doc! { "_id": user, "$expr": unwritten };
-    let due_us = rules.now_us + FIRST_DUE.as_micros() as u64;
-    let update = doc! { "$inc": { "armed": 1_i64 }, "$min": { "due": due_us.cast_signed() } };
-    let model = rules.database.update(filter, update, false);
-    Step::Write(Box::new(Attempt { batch: rules.batch, model, bytes: 0, kind: Kind::Arm(count) }))
 }

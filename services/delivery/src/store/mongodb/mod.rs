@@ -14,6 +14,7 @@ mod documents;
 mod due;
 mod inbox;
 mod lane;
+mod plan;
 mod reader;
 #[cfg(test)]
 mod tests;
@@ -27,12 +28,13 @@ pub use connect::OpenError;
 use database::Database;
 use due::Share;
 use futures::{FutureExt, future::BoxFuture};
-use lane::{Bounds, Lane};
+use lane::Lane;
 use mongodb::{
     bson::Document,
     event::{EventHandler, command::CommandEvent},
 };
 use parking_lot::Mutex;
+use plan::Bounds;
 use prost::Message as _;
 use sanjay_runtime::clock::SharedClock;
 use tokio::{

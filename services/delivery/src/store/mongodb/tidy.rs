@@ -14,7 +14,7 @@ use super::{
     database::{Database, Outcome},
     documents::{BodiesDoc, InboxDoc, KeyDoc, MAX_SPAN, MessageDoc, ReceiptDoc, bodies_id, date, key_id},
     inbox::Inbox,
-    lane::Bounds,
+    plan::Bounds,
 };
 use crate::{
     metrics::StoreOperation,

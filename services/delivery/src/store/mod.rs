@@ -11,6 +11,7 @@
 //! - **Unknown outcomes.** After [`StoreError::Unavailable`] an append may have happened or not; repeating it
 //!   with the same dedupe key is safe.
 
+mod epoch;
 mod location;
 pub mod mongodb;
 pub mod redb;

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 
 use mongodb::bson::Uuid as BsonUuid;
 
-use super::documents::{self, InboxDoc, KeyDoc, MessageDoc, SettlerDoc, WriterDoc};
-use crate::store::{Settled, StoreError};
+use super::documents::{InboxDoc, KeyDoc, MessageDoc, SettlerDoc, WriterDoc};
+use crate::store::{Settled, StoreError, epoch::epoch};
 
 /// An unsettled message without its body.
 #[derive(Debug, Clone)]
@@ -68,7 +68,7 @@ pub(super) struct Inbox {
 impl Inbox {
     /// The inbox of a user without one.
     pub(super) fn none(store_id: u64, user: &str) -> Self {
-        let epoch = documents::epoch(store_id, user).cast_signed();
+        let epoch = epoch(store_id, user).cast_signed();
         Self { exists: false, ..Self::with(InboxDoc { epoch, ..InboxDoc::default() }, Vec::new()) }
     }
 

@@ -16,14 +16,14 @@ use uuid::Uuid;
 
 use super::{
     database::Database,
-    documents::{self, BesideDoc, BodiesDoc, InboxDoc, MessageDoc, ReceiptDoc, bodies_between, id},
+    documents::{BesideDoc, BodiesDoc, InboxDoc, MessageDoc, ReceiptDoc, bodies_between, id},
 };
 use crate::{
     message::State,
     metrics::StoreOperation,
     store::{
         InboxQuery, MAX_PAGE_BYTES, MAX_PAGE_MESSAGES, MAX_READ_BYTES, Page, RECEIPT_RETENTION, Receipt,
-        Stats, StoreError,
+        Stats, StoreError, epoch::epoch,
     },
 };
 
@@ -81,7 +81,7 @@ async fn page(
 ) -> Result<Page, StoreError> {
     for _ in 0..TRIES {
         let Some(inbox) = inboxes.get(&query.user) else {
-            let epoch = documents::epoch(database.store_id, &query.user);
+            let epoch = epoch(database.store_id, &query.user);
             let covers = 0;
             return Ok(Page { epoch, covers, ..Page::default() });
         };

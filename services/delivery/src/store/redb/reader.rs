@@ -8,7 +8,9 @@ use uuid::Uuid;
 use super::tables::{self, InboxRecord, ReceiptRecord};
 use crate::{
     message::State,
-    store::{InboxQuery, MAX_PAGE_BYTES, MAX_PAGE_MESSAGES, MAX_READ_BYTES, Page, Receipt, Stats},
+    store::{
+        InboxQuery, MAX_PAGE_BYTES, MAX_PAGE_MESSAGES, MAX_READ_BYTES, Page, Receipt, Stats, epoch::epoch,
+    },
 };
 
 /// Reads parts of inboxes in one snapshot, within [`MAX_READ_BYTES`] together.
@@ -26,7 +28,7 @@ pub(super) fn read(
         .map(|query| {
             let record: InboxRecord = match inboxes.get(query.user.as_str())? {
                 Some(bytes) => tables::decode("inboxes", bytes.value())?,
-                None => InboxRecord { epoch: tables::epoch(store_id, &query.user), ..InboxRecord::default() },
+                None => InboxRecord { epoch: epoch(store_id, &query.user), ..InboxRecord::default() },
             };
             read_page(&bodies, &record, query, &mut budget)
         })

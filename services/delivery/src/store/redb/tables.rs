@@ -148,17 +148,6 @@ pub(super) fn message_id(bytes: &[u8]) -> Result<Uuid, redb::Error> {
     Uuid::from_slice(bytes).map_err(|error| redb::Error::Corrupted(format!("a message id: {error}")))
 }
 
-/// Epoch of a user's inbox: fixed from the store's identity, so that an inbox has its epoch before its first
-/// message and reading needs no write; another file gives other epochs. Never 0.
-pub(super) fn epoch(store_id: u64, user: &str) -> u64 {
-    let mut context = ring::digest::Context::new(&ring::digest::SHA256);
-    context.update(&store_id.to_be_bytes());
-    context.update(user.as_bytes());
-    let digest = context.finish();
-    let first = digest.as_ref().first_chunk::<8>().expect("SHA-256 has 32 bytes");
-    u64::from_be_bytes(*first).max(1)
-}
-
 /// Dedupe keys accepted before it are forgotten at `now_us`.
 pub(super) fn dedupe_cutoff(now_us: u64) -> u64 {
     now_us.saturating_sub(DEDUPE_WINDOW.as_micros() as u64)

@@ -12,7 +12,7 @@ use crate::{
     message::State,
     store::{
         Acked, AppendError, Appended, DueInbox, FIRST_DUE, MAX_REPORTED, NewMessage, Next, Rearm, Settle,
-        SettledMessage,
+        SettledMessage, epoch::epoch,
     },
 };
 
@@ -86,7 +86,7 @@ impl<'txn> Tables<'txn> {
         if !self.cache.contains_key(user) {
             let record = match self.inboxes.get(user)? {
                 Some(bytes) => tables::decode("inboxes", bytes.value())?,
-                None => InboxRecord { epoch: tables::epoch(self.store_id, user), ..InboxRecord::default() },
+                None => InboxRecord { epoch: epoch(self.store_id, user), ..InboxRecord::default() },
             };
             let cached = Cached { due_us: record.due_us, record, changed: false };
             self.cache.insert(user.to_owned(), cached);

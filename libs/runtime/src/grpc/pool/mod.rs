@@ -95,6 +95,8 @@ struct Shared {
     budget: Budget,
     metrics: PoolMetrics,
     ready: Option<ReadinessFlag>,
+    /// Held while peers are counted, so that an older count does not replace a newer one.
+    counting: Mutex<()>,
     random: SharedRandom,
     lifecycle: Lifecycle,
     stop: CancellationToken,
@@ -144,6 +146,7 @@ impl PeerPool {
             budget: Budget::default(),
             metrics: options.metrics.of(options.peer),
             ready: options.ready,
+            counting: Mutex::default(),
             random: Arc::clone(&context.random),
             lifecycle: context.lifecycle.clone(),
             _guard: stop.clone().drop_guard(),
@@ -170,11 +173,16 @@ impl PeerPool {
     #[must_use]
     pub fn choose(&self, tried: &[Arc<Peer>]) -> Option<Arc<Peer>> {
         let peers = self.shared.peers.borrow();
-        let left = || peers.iter().filter(|peer| tried.iter().all(|other| !Arc::ptr_eq(peer, other)));
-        let best = left().map(|peer| peer.rank()).min()?;
-        let candidates: Vec<_> = left().filter(|peer| peer.rank() == best).collect();
+        // Ranks change at any time, so each is looked at once.
+        let left: Vec<(Rank, &Arc<Peer>)> = peers
+            .iter()
+            .filter(|peer| tried.iter().all(|other| !Arc::ptr_eq(peer, other)))
+            .map(|peer| (peer.rank(), peer))
+            .collect();
+        let best = left.iter().map(|(rank, _)| *rank).min()?;
+        let candidates: Vec<_> = left.iter().filter(|(rank, _)| *rank == best).collect();
         let index = self.shared.random.next_u64() % candidates.len() as u64;
-        Some(Arc::clone(candidates[index as usize]))
+        Some(Arc::clone(candidates[index as usize].1))
     }
 
     /// Everybody there is.
@@ -297,6 +305,7 @@ impl Shared {
     }
 
     fn measure(&self) {
+        let _counting = self.counting.lock();
         let peers = self.peers.borrow().clone();
         let serving = peers.iter().filter(|peer| peer.rank() == Rank::Serving).count();
         self.metrics.known.set(i64::try_from(peers.len()).unwrap_or(i64::MAX));

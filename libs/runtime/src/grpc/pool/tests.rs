@@ -474,3 +474,24 @@ async fn the_watches_end_with_the_pool_and_with_shutdown() {
     assert!(context.lifecycle.shutdown(LONG).await.is_empty());
     assert_eq!(read(&third, Call::once(LONG)).await.unwrap(), 1, "calls go on");
 }
+
+/// Once a peer changed its rank between two looks of one choice, and nobody was left to choose from.
+#[tokio::test]
+async fn somebody_is_chosen_while_ranks_change() {
+    let pool = pool(&[mute().await], &context());
+    let peer = Arc::clone(&pool.peers()[0]);
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                peer.set(Rank::Unknown, "");
+                peer.set(Rank::Serving, "");
+            }
+        });
+        let chosen = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            (0..200_000).all(|_| pool.choose(&[]).is_some())
+        }));
+        stop.store(true, Ordering::Relaxed);
+        assert!(chosen.is_ok_and(|chosen| chosen), "a peer whose rank changes can be chosen");
+    });
+}

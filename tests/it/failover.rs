@@ -258,23 +258,51 @@ async fn what_a_node_committed_and_did_not_relay_is_delivered_by_the_other() {
 }
 
 #[tokio::test]
-async fn an_edge_is_ready_while_it_has_a_router_and_a_delivery_node() {
+async fn an_edge_is_ready_while_it_has_a_router_and_after_it_saw_a_delivery_node() {
     within(60, "readiness", async {
         let mut cluster = Cluster::start().await;
         let ready = format!("{}/readyz", cluster.admin(Role::Edge));
-        assert_eq!(Wire::get(&ready).await.status, 200);
-        for (role, flag) in [(Role::Delivery, "edge: delivery"), (Role::Router, "edge: router")] {
-            cluster.kill(role);
-            let answer = eventually("the edge is not ready", PATIENCE, async || {
+        let missing = async |flag: &'static str| {
+            let answer = async || {
                 let answer = Wire::get(&ready).await;
-                (answer.status == 503).then_some(answer.body)
-            })
-            .await;
-            assert!(answer.contains(flag), "{answer}");
-            cluster.restart(role).await;
-            let is_ready = async || (Wire::get(&ready).await.status == 200).then_some(());
-            eventually("the edge is ready again", PATIENCE, is_ready).await;
-        }
+                (answer.status == 503 && answer.body.contains(flag)).then_some(())
+            };
+            eventually("the edge is not ready", PATIENCE, answer).await;
+        };
+        let is_ready = async || (Wire::get(&ready).await.status == 200).then_some(());
+        assert_eq!(Wire::get(&ready).await.status, 200);
+
+        cluster.kill(Role::Router);
+        missing("edge: router").await;
+        cluster.restart(Role::Router).await;
+        eventually("the edge is ready again", PATIENCE, is_ready).await;
+
+        // Channels work without delivery, and every other edge would be as badly off.
+        cluster.kill(Role::Delivery);
+        let unhealthy = async || {
+            let healthy = "sanjay_edge_peers_healthy{peer=\"delivery node\"}";
+            (metric(&cluster, (Role::Edge, 0), healthy).await == 0).then_some(())
+        };
+        eventually("the edge has noticed", PATIENCE, unhealthy).await;
+        assert_eq!(Wire::get(&ready).await.status, 200);
+        let mut ann = Peer::connect(&cluster.url(), "ann").await;
+        ann.subscribe("news").await;
+        ann.publish("news", "without delivery").await;
+        message(&mut ann, "without delivery").await;
+
+        // An edge that never saw one does not take clients.
+        cluster.kill(Role::Edge);
+        let before = cluster.log(Role::Edge).len();
+        cluster.respawn(Role::Edge);
+        let left_out = async || {
+            let log = cluster.log(Role::Edge);
+            let run = &log[before..];
+            (run.contains("attached to a router") && run.contains("an endpoint is left out")).then_some(())
+        };
+        eventually("the new edge has a router alone", PATIENCE, left_out).await;
+        assert!(!cluster.is_ready(Role::Edge), "{}", cluster.log(Role::Edge));
+        cluster.restart(Role::Delivery).await;
+        cluster.ready(Role::Edge).await;
     })
     .await;
 }

@@ -4,7 +4,8 @@
 //!   included.
 //! - `… --example sends -- --store mongodb://127.0.0.1:27017/bench?directConnection=true`: on databases, beside what a
 //!   bare driver does in the same run: `insert_one` of as many bytes, with the same durability and no order, seq or
-//!   dedupe key. The two take turns (bare, store, store, bare), so that what else the machine does hits both.
+//!   dedupe key. The two take turns (bare, store, store, bare), so that what else the machine does hits both. A node on
+//!   a file is measured beside the same loop last.
 //!
 //! `--seconds N` sets how long each turn takes.
 #![expect(clippy::print_stdout, reason = "it is what the example is for")]
@@ -82,10 +83,23 @@ async fn main() -> anyhow::Result<()> {
         async move { append(&*store, n).await }
     };
     compare("store", arguments.turn, bare.as_ref(), append).await?;
+    through_grpc("grpc", arguments.turn, bare.as_ref(), place("node")).await?;
+    if bare.is_some() {
+        through_grpc("redb", arguments.turn, bare.as_ref(), file("node")).await?;
+    }
+    Ok(())
+}
 
+/// Measures sends to a node of its own on `store`.
+async fn through_grpc(
+    what: &str,
+    turn: Duration,
+    bare: Option<&Collection<Document>>,
+    store: String,
+) -> anyhow::Result<()> {
     let context = Context::system(Secret::new("cluster"));
-    let channel = serve(place("node"), context.clone()).await?;
-    compare("grpc", arguments.turn, bare.as_ref(), move |n| send(channel.clone(), n)).await?;
+    let channel = serve(store, context.clone()).await?;
+    compare(what, turn, bare, move |n| send(channel.clone(), n)).await?;
     context.lifecycle.shutdown(Duration::from_secs(5)).await;
     Ok(())
 }

@@ -191,7 +191,11 @@ impl Cluster {
     }
 
     /// Waits until a process that was spawned accepts work.
-    async fn ready(&mut self, node: Node) {
+    ///
+    /// # Panics
+    /// When it does not in time.
+    pub async fn ready(&mut self, node: impl Into<Node>) {
+        let node = node.into();
         let file = self.file(node, "json");
         let addresses = self.process(node).ready(&file).await;
         self.member_mut(node).addresses = Some(addresses);
@@ -224,9 +228,21 @@ impl Cluster {
     /// When it does not become ready.
     pub async fn restart(&mut self, node: impl Into<Node>) {
         let node = node.into();
+        self.respawn(node);
+        self.ready(node).await;
+    }
+
+    /// Starts a process again where it was, after a SIGKILL if it runs; [`Cluster::ready`] waits for it.
+    pub fn respawn(&mut self, node: impl Into<Node>) {
+        let node = node.into();
         self.kill(node);
         self.spawn(node);
-        self.ready(node).await;
+    }
+
+    /// Whether a process has been ready since its last start.
+    #[must_use]
+    pub fn is_ready(&self, node: impl Into<Node>) -> bool {
+        self.file(node.into(), "json").exists()
     }
 
     /// SIGSTOP for one process: its connections stay, and nobody answers.

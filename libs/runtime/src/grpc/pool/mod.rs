@@ -61,7 +61,8 @@ pub struct PoolOptions<'a> {
     pub lanes: usize,
     /// How long an address has to accept a connection.
     pub connect_timeout: Duration,
-    /// Raised while some peer serves.
+    /// Raised once some peer serves, and not lowered again: whether a process can do without is for its metrics to
+    /// say, since taking it out of a balancer would end what still works.
     pub ready: Option<ReadinessFlag>,
     /// Where is counted.
     pub metrics: &'a PeerMetrics,
@@ -310,8 +311,8 @@ impl Shared {
         let serving = peers.iter().filter(|peer| peer.rank() == Rank::Serving).count();
         self.metrics.known.set(i64::try_from(peers.len()).unwrap_or(i64::MAX));
         self.metrics.healthy.set(i64::try_from(serving).unwrap_or(i64::MAX));
-        if let Some(ready) = &self.ready {
-            ready.set(serving > 0);
+        if let Some(ready) = self.ready.as_ref().filter(|_| serving > 0) {
+            ready.set(true);
         }
         self.changes.send_replace(());
     }

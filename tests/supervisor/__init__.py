@@ -1,0 +1,1 @@
+"""Runs the services of compose/compose.yaml as plain processes, each on a loopback address of its own."""

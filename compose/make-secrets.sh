@@ -30,6 +30,10 @@ openssl rand -hex 32 | make token_secret
 openssl rand -hex 16 | make grafana_password
 openssl rand -hex 32 | make demo_api_key
 
+# Where alerts go: put the address of a Slack-compatible webhook in its place. Until then they stand on Alertmanager's own
+# page, and each failed notification in its log.
+echo "http://127.0.0.1:9/" | make alert_webhook_url
+
 # Delivery knows keys by their hash alone. Add a line for each back end of yours.
 hash=$(printf %s "$(cat demo_api_key)" | openssl dgst -sha256 -r | cut -d' ' -f1)
 echo "[{ name = \"demo\", sha256 = \"$hash\" }]" | make api_keys

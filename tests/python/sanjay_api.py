@@ -9,18 +9,21 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from websockets.sync.client import connect
 
-URL = os.environ["SANJAY_URL"]
-SERVER = os.environ["SANJAY_SERVER"].removeprefix("http://")
-KEY = os.environ["SANJAY_API_KEY"]
 SERVICE = "sanjay.delivery.v1.Delivery"
 TIMEOUT = 15
 
 
 class Api:
-    """Calls methods that the server describes."""
+    """Calls methods that the server describes: that of the environment unless another is given."""
 
-    def __init__(self, key=KEY):
-        self.channel = grpc.insecure_channel(SERVER)
+    def __init__(self, key=None, server=None, certificate=None):
+        server = server or os.environ["SANJAY_SERVER"]
+        key = key or os.environ["SANJAY_API_KEY"]
+        if server.startswith("https://"):
+            credentials = grpc.ssl_channel_credentials(certificate)
+            self.channel = grpc.secure_channel(server.removeprefix("https://"), credentials)
+        else:
+            self.channel = grpc.insecure_channel(server.removeprefix("http://"))
         database = ProtoReflectionDescriptorDatabase(self.channel)
         assert SERVICE in database.get_services(), database.get_services()
         self.pool = DescriptorPool(database)
@@ -30,7 +33,7 @@ class Api:
     def message(self, name, **fields):
         return GetMessageClass(self.pool.FindMessageTypeByName(f"sanjay.delivery.v1.{name}"))(**fields)
 
-    def call(self, method, **fields):
+    def call(self, method, traceparent=None, timeout=TIMEOUT, **fields):
         """One call; answers with the response message."""
         described = self.service.methods_by_name[method]
         call = self.channel.unary_unary(
@@ -39,7 +42,8 @@ class Api:
             response_deserializer=GetMessageClass(described.output_type).FromString,
         )
         request = GetMessageClass(described.input_type)(**fields)
-        return call(request, metadata=self.metadata, timeout=TIMEOUT)
+        metadata = self.metadata + ([("traceparent", traceparent)] if traceparent else [])
+        return call(request, metadata=metadata, timeout=timeout)
 
     def stream(self, method, requests):
         """A stream of calls; iterates over the response messages."""
@@ -54,11 +58,13 @@ class Api:
 
 
 class Client:
-    """A user's connection."""
+    """A user's connection, to the edge of the environment unless another is given."""
 
-    def __init__(self, user, **hello):
-        headers = {"Authorization": f"Bearer {os.environ['TOKEN_' + user.upper()]}"}
-        self.socket = connect(URL, subprotocols=["sanjay.v1.json"], additional_headers=headers)
+    def __init__(self, user, url=None, token=None, tls=None, **hello):
+        url = url or os.environ["SANJAY_URL"]
+        token = token or os.environ["TOKEN_" + user.upper()]
+        headers = {"Authorization": f"Bearer {token}"}
+        self.socket = connect(url, subprotocols=["sanjay.v1.json"], additional_headers=headers, ssl=tls)
         assert self.socket.subprotocol == "sanjay.v1.json", self.socket.subprotocol
         self.pending = []
         self.id = 0
@@ -81,6 +87,10 @@ class Client:
             envelope = self.next()
             if kind in envelope:
                 return envelope[kind]
+
+    def send(self, **command):
+        """A command without an answer."""
+        self.socket.send(json.dumps(command))
 
     def call(self, **command):
         """The answer to a command. What comes before it is kept."""

@@ -12,11 +12,28 @@ import time
 from pathlib import Path
 from typing import Any
 
+from .compose import Health
 from .render import Rendered
 
 # Pauses before a process that died is started again, in seconds; the first again once it was healthy for STEADY.
 PAUSES = [0.1, 0.5, 1.0, 2.0, 5.0]
 STEADY = 10.0
+# When a program is asked whether it works although compose.yaml has no check for the image that it stands for.
+UNLISTED = Health(test=[], interval=5.0, timeout=3.0, retries=3, start_period=60.0, start_interval=0.5)
+
+# The variable that names the stack's directory in the environment of all that it starts.
+MARK = "STACK_DIRECTORY"
+
+
+def marked(directory: Path) -> list[int]:
+    """The processes that were started for the stack of this directory."""
+    mark = f"{MARK}={directory}".encode()
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit() and mark in (entry / "environ").read_bytes().split(b"\0"):
+                found.append(int(entry.name))
+    return found
 
 
 def start_time(pid: int) -> str | None:
@@ -33,6 +50,15 @@ def signal_group(pid: int, number: int) -> None:
     """Signals a process and all that it started."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, number)
+
+
+def group_lives(pid: int) -> bool:
+    """Whether anything is left of what a process led."""
+    try:
+        os.killpg(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 class Managed:
@@ -74,16 +100,13 @@ class Managed:
                 soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
                 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
-        environment = {key: os.environ[key] for key in ("PATH", "HOME", "LANG", "TZ") if key in os.environ}
-        environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])
-        environment.update(rendered.environment)
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 rendered.command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=environment,
+                env={**self._environment(), **rendered.environment},
                 cwd=rendered.directory / "data",
                 start_new_session=True,
                 preexec_fn=limit,
@@ -93,6 +116,14 @@ class Managed:
         self._bad_checks, self._healthy_since, self._check_at = 0, None, self.started
         if rendered.health is None:
             self.state = "running"
+
+    def _environment(self) -> dict[str, str]:
+        """What every process gets, whatever its service sets beside it."""
+        environment = {key: os.environ[key] for key in ("PATH", "HOME", "LANG", "TZ") if key in os.environ}
+        environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])
+        # By this a process is known even if the supervisor dies before it has written down whom it started.
+        environment[MARK] = str(self.rendered.directory.parents[1])
+        return environment
 
     def tick(self, now: float, may_start: bool) -> None:
         """Looks at the process and does what follows. Called many times a second."""
@@ -132,8 +163,8 @@ class Managed:
         self.start_at, self.state = now + pause, "waiting"
 
     def _check_health(self, now: float) -> None:
-        health = self.service.health
-        assert health is not None and self.rendered.health is not None
+        health = self.service.health or UNLISTED
+        assert self.rendered.health is not None
         if self._check is None:
             if now >= self._check_at:
                 self._check = subprocess.Popen(
@@ -141,7 +172,7 @@ class Managed:
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
-                    env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])},
+                    env=self._environment(),
                     start_new_session=True,
                 )
                 self._check_started = now

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .compose import load
-from .processes import signal_group, start_time
+from .processes import group_lives, marked, signal_group, start_time
 from .programs import ROOT
 
 COMPOSE = ROOT / "compose/compose.yaml"
@@ -43,6 +44,19 @@ def _owner_socket(block: str) -> socket.socket | None:
     return claim
 
 
+def listening(block: str) -> list[str]:
+    """The addresses of a block on which somebody listens."""
+    found = []
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        _, local, _, state, *_ = line.split()
+        address, port = local.split(":")
+        # In the byte order of the machine; 0A is LISTEN.
+        address = socket.inet_ntoa(struct.pack("=I", int(address, 16)))
+        if state == "0A" and address.startswith(f"{block}."):
+            found.append(f"{address}:{int(port, 16)}")
+    return found
+
+
 class Stack:
     """The stack of this name."""
 
@@ -54,10 +68,10 @@ class Stack:
         """Starts it and waits until every service is healthy; returns its status."""
         if self._supervisor_lives():
             raise StackError(f"the stack {self.name!r} is up already; `tests/stack down` ends it")
+        load(compose, profiles)
+        self._secrets(compose)
         self.clean()
         self.directory.mkdir(mode=0o700)
-        self._secrets(compose)
-        load(compose, profiles)
         block, claim = self._block()
         options = {"compose": str(compose), "profiles": sorted(profiles), "block": block, "edits": edits or {}}
         (self.directory / "options.json").write_text(json.dumps(options))
@@ -128,10 +142,18 @@ class Stack:
 
     def clean(self) -> None:
         """Kills what a supervisor left behind, and removes the stack's directory."""
-        for service in self._state().get("services", []):
-            pid = service["pid"]
-            if pid and start_time(pid) == service["start_time"]:
-                signal_group(pid, signal.SIGKILL)
+        services = [one for one in self._state().get("services", []) if one["pid"]]
+        leaders = [one["pid"] for one in services if start_time(one["pid"]) == one["start_time"]]
+        for pid in leaders:
+            signal_group(pid, signal.SIGKILL)
+        until = time.monotonic() + 10
+        while pids := [*marked(self.directory), *filter(group_lives, leaders)]:
+            if time.monotonic() > until:
+                raise StackError(f"processes of the stack do not end after SIGKILL: {pids}")
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.02)
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def tail(self, service: str, lines: int = 15) -> str:
@@ -163,6 +185,7 @@ class Stack:
     def _block() -> tuple[str, socket.socket]:
         for number in range(1 << 10):
             block = f"127.{64 + number // 250}.{1 + number % 250}"
-            if claim := _owner_socket(block):
+            # Services whose supervisor was killed still hold their block.
+            if not listening(block) and (claim := _owner_socket(block)):
                 return block, claim
         raise StackError("no block of loopback addresses is free; end other stacks with `tests/stack down`")

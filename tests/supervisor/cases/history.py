@@ -51,6 +51,14 @@ class Gap:
 Event = Subscribed | Publication | Gap
 
 
+def position(events: list[Event]) -> tuple[str, int] | None:
+    """Epoch and offset up to which a subscriber got, or was told to have missed, everything."""
+    if not events:
+        return None
+    last = events[-1]
+    return last.epoch, last.to if isinstance(last, Gap) else last.offset
+
+
 def check_inbox(user: str, accepted: Iterable[Message], effects: Iterable[Message]) -> list[str]:
     """What is wrong with one user's messages: `accepted` in the order in which they were sent, one after the other was
     answered, to an inbox that was empty and got nothing else; `effects` in the order in which they were applied."""
@@ -114,6 +122,15 @@ def check_subscriber(name: str, accepted: Iterable[Publication], events: Iterabl
                 seen.add(key)
                 epoch, last = event.epoch, event.offset
     return problems
+
+
+def check_end(name: str, accepted: list[Publication], events: list[Event]) -> list[str]:
+    """What is wrong when a subscriber that is connected stands elsewhere than the channel."""
+    if not accepted:
+        return []
+    newest = (accepted[-1].epoch, accepted[-1].offset)
+    stands = position(events)
+    return [] if stands == newest else [f"{name}: stands at {stands}, the channel at {newest}; no gap was announced"]
 
 
 def _some(numbers: list[int]) -> str:

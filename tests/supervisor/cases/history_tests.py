@@ -2,7 +2,7 @@
 
 import unittest
 
-from .history import Gap, Message, Publication, Subscribed, check_inbox, check_published, check_subscriber
+from .history import Gap, Message, Publication, Subscribed, check_end, check_inbox, check_published, check_subscriber
 
 
 def messages(*seqs: int) -> list[Message]:
@@ -85,6 +85,15 @@ class Channel(unittest.TestCase):
             problems = check_subscriber("ann", sent, events)
             self.assertEqual(len(problems), 1, problems)
             self.assertIn(text, problems[0])
+
+    def test_a_loss_at_the_end(self):
+        sent = publications(1, 2)
+        start = Subscribed("e", 0)
+        for whole in ([start, *sent], [start, Gap("e", 1, 2)], [start, sent[0], Subscribed("e", 2)]):
+            self.assertEqual(check_end("ann", sent, whole), [])
+        for wrong in ([], [start], [start, sent[0]], [start, *sent, Subscribed("f", 2)]):
+            self.assertIn("no gap was announced", check_end("ann", sent, wrong)[0])
+        self.assertEqual(check_end("ann", [], []), [])
 
 
 if __name__ == "__main__":

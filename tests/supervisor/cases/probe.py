@@ -6,6 +6,7 @@ apply each message once. What was accepted and what arrived is kept for the chec
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import random
 import threading
@@ -107,7 +108,8 @@ class Writer(threading.Thread):
         self.place, self.ended = place, ended
         self.key = uuid.uuid4()
         self.made = 0
-        self.repeats = 0
+        # How often a message had to be repeated, by what was answered.
+        self.repeats: collections.Counter[str] = collections.Counter()
         self.problem: str | None = None
 
     def run(self) -> None:
@@ -127,12 +129,12 @@ class Writer(threading.Thread):
                     return
                 problem = "refused for now"
             except grpc.RpcError as error:
-                problem = f"{error.code()}: {error.details()}"
+                problem = f"{error.code().name}: {error.details()}"
                 may_repeat = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED}
                 may_repeat |= {grpc.StatusCode.INTERNAL, grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNKNOWN}
                 assert error.code() in may_repeat, problem
             assert time.monotonic() < until, f"message {self.made} found no answer for {PATIENCE:.0f} s: {problem}"
-            self.repeats += 1
+            self.repeats[problem] += 1
             self.ended.wait(0.1)
 
     def make(self, api, key: str) -> bool:
@@ -194,12 +196,16 @@ class Probe:
 
     def everybody_is_connected(self) -> None:
         """Waits for it."""
-        eventually("every reader is connected", 30, lambda: self._alive() and all(r.connected.is_set() for r in self.readers))
 
-    def goes_on(self) -> None:
-        """Waits until everybody is connected, and got an inbox message and a publication that were made after now."""
+        def connected() -> bool:
+            return self._alive() and all(reader.connected.is_set() for reader in self.readers)
+
+        eventually("every reader is connected", 30, connected)
+
+    def goes_on(self, messages: int = 1) -> None:
+        """Waits until everybody is connected, and got of each kind what was made so many messages from now."""
         self.everybody_is_connected()
-        sent, published = self.sender.made + 1, self.publisher.made + 1
+        sent, published = self.sender.made + messages, self.publisher.made + messages
 
         def got(reader: Reader) -> bool:
             sends = any(int(effect.body.split()[1]) > sent for effect in reader.effects[-3:])
@@ -216,7 +222,11 @@ class Probe:
             assert not writer.is_alive(), f"{writer.name} does not end"
 
         def all_came() -> bool:
-            return all(len(reader.effects) >= len(self.sender.accepted[reader.user]) for reader in self.readers)
+            return all(
+                len(reader.effects) >= len(self.sender.accepted[reader.user])
+                and not history.check_end(reader.user, self.publisher.published, reader.events)
+                for reader in self.readers
+            )
 
         # What did not come by then, the checker names.
         with contextlib.suppress(AssertionError):
@@ -238,12 +248,13 @@ class Probe:
         for reader in self.readers:
             problems += history.check_inbox(reader.user, self.sender.accepted[reader.user], reader.effects)
             problems += history.check_subscriber(reader.user, self.publisher.published, reader.events)
+            problems += history.check_end(reader.user, self.publisher.published, reader.events)
         return problems
 
     def summary(self) -> str:
         """How much there was, for a person, and to see that it was enough."""
         connections = sum(reader.connections for reader in self.readers)
-        repeats = self.sender.repeats + self.publisher.repeats
+        repeats = self.sender.repeats.total() + self.publisher.repeats.total()
         return (
             f"{self.sender.made} sends and {self.publisher.made} publishes, {repeats} repeats, "
             f"{len(self.readers)} readers with {connections} connections"

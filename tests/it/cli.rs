@@ -249,6 +249,54 @@ async fn wrong_usage_is_explained() {
 }
 
 #[tokio::test]
+async fn secrets_may_be_files() {
+    within(60, "secrets from files", async {
+        let directory = tempfile::tempdir().unwrap();
+        let write = |name: &str, content: &str| {
+            let path = directory.path().join(name);
+            fs::write(&path, content).unwrap();
+            path.display().to_string()
+        };
+        let settings = Settings::default().without("delivery.api_keys").without("edge.token_secret");
+        let config = write("config.toml", &settings.to_toml());
+        let secret = write("token_secret", &format!("{}\n", "s".repeat(40)));
+        let key = write("api_key", "a-key\n");
+        // printf %s a-key | sha256sum
+        let digest = "2a8a1240f50636655520ac8ed22aa29473b8517b4abfdbc3bc03bcad73fc8849";
+        let keys = write("api_keys", &format!("[{{ name = \"shop\", sha256 = \"{digest}\" }}]\n"));
+        let free = "127.0.0.1:0";
+        let mut command = vec!["standalone", "--config", &config, "--ready-file", "ready.json"];
+        command.extend(["--listen", free, "--delivery-listen", free, "--router-listen", free]);
+        let mut server = Sanjay::new(command)
+            .directory(directory.path())
+            .env("SANJAY_EDGE__TOKEN_SECRET_FILE", &secret)
+            .env("SANJAY_DELIVERY__API_KEYS_FILE", &keys)
+            .env("SANJAY_ADMIN__LISTEN", free)
+            .spawn();
+        let addresses = server.ready(&directory.path().join("ready.json")).await;
+        let (url, api) = (addresses.get("url"), addresses.get("server"));
+
+        let send = Sanjay::new(["send", "bob", "hi", "--server", api]).env("SANJAY_API_KEY_FILE", &key);
+        assert_eq!(lines(&send.run().await.succeeded())[0]["seq"], 1);
+        let sub = ["sub", "--inbox", "--user", "bob", "--count", "1", "--url", url];
+        let sub = Sanjay::new(sub).env("SANJAY_EDGE__TOKEN_SECRET_FILE", &secret);
+        assert_eq!(lines(&sub.run().await.succeeded())[0]["inbox"]["payload"]["text"], "hi");
+        let token = Sanjay::new(["token", "bob", "--token-secret-file", &secret]).run().await.succeeded();
+        let token = write("token", &token);
+        let sub = ["sub", "--inbox", "--token-file", &token, "--count", "1", "--url", url];
+        let mut sub = Sanjay::new(sub).spawn();
+        says(&mut sub, "connected as bob").await;
+
+        let both = Sanjay::new(["send", "bob", "hi", "--server", api]).env("SANJAY_API_KEY_FILE", &key);
+        both.env("SANJAY_API_KEY", "a").run().await.failed_with(&["SANJAY_API_KEY`", "SANJAY_API_KEY_FILE"]);
+        let both = Sanjay::new(["check-config"]).env("SANJAY_EDGE__TOKEN_SECRET_FILE", &secret);
+        let both = both.env("SANJAY_EDGE__TOKEN_SECRET", "a").run().await;
+        both.failed_with(&["SANJAY_EDGE__TOKEN_SECRET`", "SANJAY_EDGE__TOKEN_SECRET_FILE"]);
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn port_0_takes_a_free_port_and_prints_it() {
     within(60, "port 0", async {
         let free = "127.0.0.1:0";
@@ -380,6 +428,13 @@ async fn health_tells_ready_from_not_ready() {
         let server = Standalone::start().await;
         let health = async |admin: &str| sanjay(&["health", "--admin", admin]).await;
         health(server.admin()).await.succeeded().clear();
+        // As in the container of a server that listens on all addresses of it.
+        let everywhere = server.admin().replace("http://127.0.0.1", "0.0.0.0");
+        let config = tempfile::NamedTempFile::new().unwrap();
+        fs::write(config.path(), format!("[admin]\nlisten = {everywhere:?}\n")).unwrap();
+        sanjay(&["health", "--config", config.path().to_str().unwrap()]).await.succeeded().clear();
+        let variable = Sanjay::new(["health"]).env("SANJAY_ADMIN__LISTEN", &everywhere);
+        variable.run().await.succeeded().clear();
         // An edge without a router lives, and is not ready.
         let directory = tempfile::tempdir().unwrap();
         let settings = Settings::default()

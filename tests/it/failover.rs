@@ -19,24 +19,10 @@ fn text(text: &str) -> Payload {
     Payload::Text(text.into())
 }
 
-/// The lines of a log that say to which router an edge is attached.
-fn attachments(cluster: &Cluster, edge: usize) -> Vec<String> {
-    let log = cluster.log((Role::Edge, edge));
-    let attached = log.lines().filter(|line| line.contains("attached to a router"));
-    attached.map(str::to_owned).collect()
-}
-
-/// Which router an edge is attached to.
-fn router_of(cluster: &Cluster, edge: usize) -> usize {
-    let last = attachments(cluster, edge).pop().expect("a ready edge is attached");
-    let port = |router| format!(":{}", cluster.port((Role::Router, router)));
-    (0..2).find(|&router| last.contains(&port(router))).expect("it is one of the two")
-}
-
 /// Waits until an edge has attached for the `count`th time.
 async fn attached(cluster: &Cluster, edge: usize, count: usize, limit: Duration) {
     let what = format!("edge {edge} is attached for time {count}");
-    eventually(&what, limit, async || (attachments(cluster, edge).len() >= count).then_some(())).await;
+    eventually(&what, limit, async || (cluster.attachments(edge).len() >= count).then_some(())).await;
 }
 
 async fn metric(cluster: &Cluster, node: (Role, usize), name: &str) -> u64 {
@@ -73,15 +59,15 @@ async fn the_edges_of_a_killed_router_go_to_the_other_and_tell_what_was_missed()
         message(&mut bob, "1").await;
 
         // While the edge cannot look, its router dies and a message passes through the other.
-        let dead = router_of(&cluster, 0);
-        let count = attachments(&cluster, 0).len();
+        let dead = cluster.router_of(0);
+        let count = cluster.attachments(0).len();
         cluster.stop((Role::Edge, 0));
         cluster.kill((Role::Router, dead));
         let missed = api.publish("news", text("2"), "key of 2").await.unwrap();
         assert_eq!((&missed.epoch, missed.offset), (&first.epoch, 2), "Redis keeps the epoch");
         cluster.cont((Role::Edge, 0));
         attached(&cluster, 0, count + 1, REATTACH).await;
-        assert_eq!(router_of(&cluster, 0), 1 - dead);
+        assert_eq!(cluster.router_of(0), 1 - dead);
         api.publish("news", text("3"), "key of 3").await.unwrap();
         let (gap, third) = message(&mut ann, "3").await;
         assert_eq!((&third["epoch"], &third["offset"]), (&json!(first.epoch), &json!(3)));
@@ -90,10 +76,10 @@ async fn the_edges_of_a_killed_router_go_to_the_other_and_tell_what_was_missed()
 
         // Now both edges are with the other one. It is killed under them.
         cluster.restart((Role::Router, dead)).await;
-        let counts = [attachments(&cluster, 0).len(), attachments(&cluster, 1).len()];
+        let counts = [cluster.attachments(0).len(), cluster.attachments(1).len()];
         let alive = "sanjay_edge_peers_healthy{peer=\"router\"}";
         for edge in 0..2 {
-            assert_eq!(router_of(&cluster, edge), 1 - dead);
+            assert_eq!(cluster.router_of(edge), 1 - dead);
             let healthy = async || (metric(&cluster, (Role::Edge, edge), alive).await == 2).then_some(());
             eventually("the router is found again", PATIENCE, healthy).await;
         }
@@ -101,7 +87,7 @@ async fn the_edges_of_a_killed_router_go_to_the_other_and_tell_what_was_missed()
         cluster.kill((Role::Router, 1 - dead));
         for (edge, count) in counts.into_iter().enumerate() {
             attached(&cluster, edge, count + 1, REATTACH).await;
-            assert_eq!(router_of(&cluster, edge), dead);
+            assert_eq!(cluster.router_of(edge), dead);
         }
         let attached = killed.elapsed();
         ann.publish("news", "4").await;
@@ -125,14 +111,14 @@ async fn a_stopped_router_is_left_and_may_come_back() {
         let api = backend(&cluster.server()).await;
         let mut ann = Peer::connect(&cluster.url(), "ann").await;
         ann.subscribe("news").await;
-        let frozen = router_of(&cluster, 0);
-        let count = attachments(&cluster, 0).len();
+        let frozen = cluster.router_of(0);
+        let count = cluster.attachments(0).len();
         cluster.stop((Role::Router, frozen));
         let stopped = Instant::now();
         // Its connections stay open; nothing but the health check can tell.
         attached(&cluster, 0, count + 1, LEAVE).await;
         println!("the edge had left a stopped router after {:?}", stopped.elapsed());
-        assert_eq!(router_of(&cluster, 0), 1 - frozen);
+        assert_eq!(cluster.router_of(0), 1 - frozen);
         for number in 0..20 {
             let body = format!("message {number}");
             api.publish("news", text(&body), &body).await.unwrap();
@@ -145,7 +131,7 @@ async fn a_stopped_router_is_left_and_may_come_back() {
         ann.publish("news", "last").await;
         let (gap, _) = message(&mut ann, "last").await;
         assert_eq!(gap, Value::Null, "what comes back late disturbs nobody");
-        assert_eq!(attachments(&cluster, 0).len(), count + 1, "the edge stays where it is");
+        assert_eq!(cluster.attachments(0).len(), count + 1, "the edge stays where it is");
     })
     .await;
 }
@@ -319,7 +305,7 @@ async fn thousands_of_sessions_are_announced_again_beside_what_clients_ask_for()
         for number in 1..SESSIONS {
             crowd.push(Peer::connect(&url, &format!("user {number}")).await);
         }
-        let (dead, count) = (router_of(&cluster, 0), attachments(&cluster, 0).len());
+        let (dead, count) = (cluster.router_of(0), cluster.attachments(0).len());
         let killed = Instant::now();
         cluster.kill((Role::Router, dead));
         attached(&cluster, 0, count + 1, REATTACH).await;

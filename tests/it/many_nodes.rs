@@ -1,6 +1,8 @@
 //! Two edges, two routers and two delivery nodes on Redis and MongoDB: whatever comes in at one node reaches clients of
 //! all of them.
 
+use std::time::Duration;
+
 use futures::{StreamExt, stream};
 use sanjay_client::{ChannelEvent, Client, Subscription, protocol::Payload};
 use sanjay_testkit::{
@@ -17,8 +19,18 @@ const SUBSCRIBERS: usize = 20;
 /// What a subscriber is to get.
 const EXPECTED: usize = PUBLISHERS * MESSAGES;
 
+/// Each edge at a router of its own, so that what goes from one to the other passes through Redis.
 async fn two_of_each() -> Cluster {
-    Cluster::builder().edges(2).routers(2).deliveries(2).redis().mongo().start().await
+    let mut cluster = Cluster::builder().edges(2).routers(2).deliveries(2).redis().mongo().start().await;
+    eventually("the edges are at different routers", Duration::from_secs(60), async || {
+        if cluster.router_of(0) == cluster.router_of(1) {
+            cluster.restart((Role::Edge, 1)).await;
+            return None;
+        }
+        Some(())
+    })
+    .await;
+    cluster
 }
 
 fn channel(index: usize) -> String {
@@ -261,7 +273,7 @@ async fn each_process_can_be_restarted_alone() {
             cluster.restart(node).await;
             let mut peers = [Peer::connect(&urls[0], "ann").await, Peer::connect(&urls[1], "bob").await];
             for peer in &mut peers {
-                eventually("a subscription is taken", std::time::Duration::from_secs(20), async || {
+                eventually("a subscription is taken", Duration::from_secs(20), async || {
                     let answer = peer.call(json!({ "subscribe": { "channel": "news" } })).await;
                     answer["subscribed"].is_object().then_some(())
                 })

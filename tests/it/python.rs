@@ -9,7 +9,7 @@ use std::{
 
 use sanjay_testkit::{API_KEY, Cluster, Process, Standalone, Token, within};
 
-fn python() -> PathBuf {
+pub(crate) fn python() -> PathBuf {
     let path = match env::var_os("SANJAY_PYTHON") {
         Some(path) => PathBuf::from(path),
         None => Path::new(env!("CARGO_MANIFEST_DIR")).join(".venv/bin/python"),

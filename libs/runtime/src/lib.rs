@@ -10,6 +10,7 @@ pub mod grpc;
 pub mod jwt;
 pub mod lifecycle;
 pub mod mailbox;
+pub mod metrics;
 pub mod milestones;
 pub mod net;
 pub mod random;

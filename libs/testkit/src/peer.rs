@@ -49,7 +49,18 @@ impl Peer {
     /// # Panics
     /// When `hello` is answered with anything but `welcome`.
     pub async fn try_hello(url: &str, hello: Value) -> Result<Self, End> {
-        let mut peer = Self::try_silent(url).await?;
+        Self::try_over(Self::open(url).await?, hello).await
+    }
+
+    /// Says this `hello` on a socket that is upgraded.
+    ///
+    /// # Errors
+    /// How the connection ended.
+    ///
+    /// # Panics
+    /// When `hello` is answered with anything but `welcome`.
+    pub async fn try_over(wire: Wire, hello: Value) -> Result<Self, End> {
+        let mut peer = Self::on(wire);
         let id = peer.start(json!({ "hello": hello })).await;
         let answer = peer.answer(id).await?;
         peer.welcome = answer["welcome"].clone();
@@ -62,13 +73,16 @@ impl Peer {
     /// # Panics
     /// When the handshake is refused.
     pub async fn silent(url: &str) -> Self {
-        Self::try_silent(url).await.unwrap_or_else(|end| panic!("no handshake with {url}: {end:?}"))
+        Self::on(Self::open(url).await.unwrap_or_else(|end| panic!("no handshake with {url}: {end:?}")))
     }
 
-    async fn try_silent(url: &str) -> Result<Self, End> {
+    async fn open(url: &str) -> Result<Wire, End> {
         let upgraded = Wire::upgrade(url, None, &[("Sec-WebSocket-Protocol", "sanjay.v1.json")]).await;
-        let wire = upgraded.map_err(|answer| End::Refused(answer.status))?;
-        Ok(Self { wire, welcome: Value::Null, answers: (true, true), pending: VecDeque::new(), next_id: 1 })
+        upgraded.map_err(|answer| End::Refused(answer.status))
+    }
+
+    fn on(wire: Wire) -> Self {
+        Self { wire, welcome: Value::Null, answers: (true, true), pending: VecDeque::new(), next_id: 1 }
     }
 
     /// Sends an envelope.

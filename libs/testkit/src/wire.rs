@@ -63,6 +63,7 @@ pub struct Wire {
     socket: TcpStream,
     received: Vec<u8>,
     mask: u32,
+    handshake: BTreeMap<String, String>,
 }
 
 /// The handshake's key; which one it is does not matter.
@@ -91,7 +92,17 @@ impl Wire {
         let Ok(mut wire) = Self::open(url).await else { return Err(HttpAnswer::default()) };
         wire.write(request.as_bytes()).await;
         let answer = wire.http_answer().await;
-        if answer.status == 101 { Ok(wire) } else { Err(answer) }
+        if answer.status != 101 {
+            return Err(answer);
+        }
+        wire.handshake = answer.headers;
+        Ok(wire)
+    }
+
+    /// A header of the answer to the handshake, by its name in lower case.
+    #[must_use]
+    pub fn header(&self, name: &str) -> Option<&str> {
+        self.handshake.get(name).map(String::as_str)
     }
 
     /// Opens a socket to the address of `url`, and sends nothing.
@@ -101,7 +112,7 @@ impl Wire {
     pub async fn open(url: &str) -> io::Result<Self> {
         let socket = TcpStream::connect(split(url).0).await?;
         socket.set_nodelay(true)?;
-        Ok(Self { socket, received: Vec::new(), mask: 0x1234_5678 })
+        Ok(Self { socket, received: Vec::new(), mask: 0x1234_5678, handshake: BTreeMap::new() })
     }
 
     /// Asks for a page over HTTP.

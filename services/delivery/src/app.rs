@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use anyhow::Context as _;
-use prometheus_client::registry::Registry;
+use prometheus_client::{metrics::gauge::Gauge, registry::Registry};
 use sanjay_proto::{delivery::v1::delivery_server::DeliveryServer, edge::v1::inbox_server::InboxServer};
 use sanjay_runtime::{
     Context, MilestoneRing, Validate,
@@ -13,11 +13,12 @@ use tokio::net::TcpListener;
 use tonic::service::{Routes, interceptor::InterceptedService};
 
 use crate::{
+    audit::Audit,
     auth::ApiKeys,
     config::Config,
     grpc::{BackendApi, EdgeApi},
     inbox::{Committed, Inbox},
-    metrics::Metrics,
+    metrics::{Metrics, PEERS},
     path::{Paths, Recipients, SERVICE},
     publish,
     redeliver::Redelivery,
@@ -64,7 +65,12 @@ pub async fn start(
     };
     let store =
         store::open(&config.location()?, options).await.context("the inbox store cannot be opened")?;
-    let router = routers(&config, &context, &PeerMetrics::register(registry, "delivery"))?;
+    let router = routers(
+        &config,
+        &context,
+        &PeerMetrics::register(registry, "delivery", &PEERS),
+        metrics.router_up.clone(),
+    )?;
     let recipients = Arc::new(Recipients::default());
 
     // These two end by themselves when what feeds them is gone: the store, and the services.
@@ -83,6 +89,9 @@ pub async fn start(
     spawn(&context, "delivery redelivery", redelivery.run(context.lifecycle.soft()));
     let sweep = Sweep { store: store.clone(), clock: store.clock() };
     spawn(&context, "delivery sweep", sweep.run(context.lifecycle.soft()));
+
+    let audit = Audit::new(store.clone(), metrics.clone());
+    spawn(&context, "delivery audit", audit.run(context.lifecycle.soft()));
 
     let inbox = Inbox {
         store: store.clone(),
@@ -107,7 +116,7 @@ pub async fn start(
 }
 
 /// The routers that the configuration names.
-fn routers(config: &Config, context: &Context, metrics: &PeerMetrics) -> anyhow::Result<Router> {
+fn routers(config: &Config, context: &Context, metrics: &PeerMetrics, up: Gauge) -> anyhow::Result<Router> {
     let options = PoolOptions {
         peer: "router",
         setting: "delivery.router",
@@ -116,6 +125,7 @@ fn routers(config: &Config, context: &Context, metrics: &PeerMetrics) -> anyhow:
         lanes: 1,
         connect_timeout: CONNECT_TIMEOUT,
         ready: None,
+        up: Some(up),
         metrics,
     };
     Ok(Router::new(PeerPool::start(options, context)?))
@@ -139,15 +149,17 @@ async fn serve(
 ) -> anyhow::Result<()> {
     let backend = DeliveryServer::new(backend).max_decoding_message_size(MAX_MESSAGE);
     let edge = InboxServer::new(edge).max_decoding_message_size(MAX_MESSAGE);
-    let mut routes = Routes::builder();
+    let (mut routes, auth) = (Routes::builder(), cluster_auth(&context.cluster_key));
     routes
         .add_service(InterceptedService::new(backend, ApiKeys::new(&config.api_keys)))
-        .add_service(InterceptedService::new(edge, cluster_auth(&context.cluster_key)));
+        .add_service(InterceptedService::new(edge, auth.clone()));
     let options = ServeOptions {
         name: "delivery grpc",
         routes: routes.routes(),
+        key: Some(auth),
         health: SERVICES,
         reflection: config.reflection,
+        serving: None,
     };
     serve_with(listener, options, &context.lifecycle).await
 }

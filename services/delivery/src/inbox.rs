@@ -206,11 +206,13 @@ impl Inbox {
         let users: Vec<Arc<str>> = settles.iter().map(|settle| Arc::from(settle.user.as_str())).collect();
         let began = Instant::now();
         let results = self.store.ack(settles).await;
+        let now_us = self.clock.now_us();
         for ((user, trace), result) in users.iter().zip(&traces).zip(&results) {
             let Ok(acked) = result else { continue };
             self.metrics.acked(acked.messages.len());
             spans::settled(&acked.messages, trace, began.elapsed());
             for message in &acked.messages {
+                self.metrics.settled(message.accepted_us, now_us);
                 let message_id = message.message_id;
                 self.ring.record(message_id.as_bytes(), "acked", recipient(user, message.seq));
                 self.recipients.learn(message_id, user);

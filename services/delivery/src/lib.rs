@@ -2,6 +2,7 @@
 //! and relays to the routers.
 
 mod app;
+mod audit;
 mod auth;
 mod config;
 mod grpc;
@@ -21,3 +22,4 @@ mod sweep;
 pub use app::start;
 pub use auth::{ApiKey, hash_api_key};
 pub use config::Config;
+pub use metrics::register_all as register_metrics;

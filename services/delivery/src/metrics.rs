@@ -1,6 +1,9 @@
 //! Everything that delivery counts and measures.
 
-use std::time::Duration;
+use std::{
+    sync::{Arc, atomic::AtomicU64},
+    time::Duration,
+};
 
 use prometheus_client::{
     encoding::EncodeLabelSet,
@@ -13,7 +16,26 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 
+use sanjay_protocol::ErrorCode;
+use sanjay_runtime::{
+    grpc::PeerMetrics,
+    metrics::{Dependencies, Timer, latency, seconds_between},
+};
+
 use crate::relay::Outcome;
+
+/// The role that a delivery node calls, as its peers' metrics name it.
+pub(crate) const PEERS: [&str; 1] = ["router"];
+
+/// Upper bounds of the time until an ack, in seconds: users who are there take milliseconds, others come back days
+/// later.
+const SETTLE_BUCKETS: [f64; 16] = [
+    0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0, 30.0, 60.0, 600.0, 3_600.0, 86_400.0,
+    604_800.0,
+];
+
+/// What counts as a result beside the error codes.
+const OK: &str = "ok";
 
 /// An error code of the protocol, or `ok`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -46,9 +68,14 @@ pub(crate) enum StoreOperation {
     Tidy,
     /// Counting.
     Stats,
+    /// Comparing what inboxes hold with what they say.
+    Audit,
 }
 
 impl StoreOperation {
+    const ALL: [Self; 7] =
+        [Self::Write, Self::ReadState, Self::Read, Self::Claim, Self::Tidy, Self::Stats, Self::Audit];
+
     const fn as_str(self) -> &'static str {
         match self {
             StoreOperation::Write => "write",
@@ -57,6 +84,7 @@ impl StoreOperation {
             StoreOperation::Claim => "claim",
             StoreOperation::Tidy => "tidy",
             StoreOperation::Stats => "stats",
+            StoreOperation::Audit => "audit",
         }
     }
 }
@@ -65,41 +93,68 @@ impl StoreOperation {
 #[derive(Clone, Debug)]
 pub struct Metrics {
     sends: Family<CodeLabel, Counter>,
+    sent: Counter,
+    send_seconds: Histogram,
     publishes: Family<CodeLabel, Counter>,
+    published: Counter,
+    publish_seconds: Histogram,
     appended: Counter,
     duplicates: Counter,
     group_items: Histogram,
     group_seconds: Histogram,
     acked: Counter,
+    settle_latency: Histogram,
     reads: Counter,
     relays: Family<OutcomeLabel, Counter>,
+    /// The counters of `relays`, by [`Outcome`].
+    relayed: Arc<[Counter; 5]>,
     redeliveries: Counter,
     armed: Gauge,
     unsettled: Gauge,
+    oldest_undelivered: Gauge<f64, AtomicU64>,
+    audit_difference: Gauge,
+    audit_inboxes: Counter,
     store_errors: Counter,
     store_calls: Family<OperationLabel, Histogram>,
     store_failures: Family<OperationLabel, Counter>,
     store_unknown: Counter,
     store_conflicts: Counter,
     store_connections: Gauge,
+    dependencies: Dependencies,
+    /// 1 while some router serves.
+    pub(crate) router_up: Gauge,
 }
 
 impl Metrics {
     /// Makes the metrics and registers them.
     pub fn register(registry: &mut Registry) -> Self {
+        let dependencies = Dependencies::register(registry, "delivery");
+        let (sends, publishes) = (by_code(), by_code());
+        let relays = Family::<OutcomeLabel, Counter>::default();
+        let relayed = Outcome::ALL
+            .map(|outcome| relays.get_or_create_owned(&OutcomeLabel { outcome: outcome.as_str() }));
         let metrics = Self {
-            sends: Family::default(),
-            publishes: Family::default(),
+            sent: sends.get_or_create_owned(&CodeLabel { code: OK }),
+            sends,
+            send_seconds: latency(),
+            published: publishes.get_or_create_owned(&CodeLabel { code: OK }),
+            publishes,
+            publish_seconds: latency(),
             appended: Counter::default(),
             duplicates: Counter::default(),
             group_items: Histogram::new(exponential_buckets(1.0, 2.0, 13)),
             group_seconds: Histogram::new(exponential_buckets(0.000_1, 2.0, 15)),
             acked: Counter::default(),
+            settle_latency: Histogram::new(SETTLE_BUCKETS),
             reads: Counter::default(),
-            relays: Family::default(),
+            relays,
+            relayed: Arc::new(relayed),
             redeliveries: Counter::default(),
             armed: Gauge::default(),
             unsettled: Gauge::default(),
+            oldest_undelivered: Gauge::default(),
+            audit_difference: Gauge::default(),
+            audit_inboxes: Counter::default(),
             store_errors: Counter::default(),
             store_calls: Family::new_with_constructor(|| {
                 Histogram::new(exponential_buckets(0.000_1, 2.0, 16))
@@ -108,63 +163,117 @@ impl Metrics {
             store_unknown: Counter::default(),
             store_conflicts: Counter::default(),
             store_connections: Gauge::default(),
+            router_up: dependencies.of("router"),
+            dependencies,
         };
         metrics.register_calls(registry);
+        metrics.register_inboxes(registry);
         metrics.register_store(registry);
         metrics.register_shared_store(registry);
         metrics
     }
 
     fn register_calls(&self, registry: &mut Registry) {
-        registry.register("delivery_sends", "Sends, per user, by result code", self.sends.clone());
-        registry.register("delivery_publishes", "Publishes by result code", self.publishes.clone());
+        registry.register("delivery_sends", "Sends, for each user, by ok or error code", self.sends.clone());
+        let help = "Time from a send to its answer, which is after the message is durable; one observation for each \
+                    call or item of a stream";
+        registry.register_with_unit("delivery_send", help, Unit::Seconds, self.send_seconds.clone());
+        registry.register("delivery_publishes", "Publishes by ok or error code", self.publishes.clone());
+        let help = "Time from a publish to its answer";
+        registry.register_with_unit("delivery_publish", help, Unit::Seconds, self.publish_seconds.clone());
         registry.register("delivery_inbox_reads", "Inbox pages read by edges", self.reads.clone());
-        registry.register("delivery_acked", "Messages settled as acked", self.acked.clone());
-        registry.register("delivery_relays", "Inbox hints by what became of them", self.relays.clone());
-        registry.register("delivery_redeliveries", "Inbox hints relayed again", self.redeliveries.clone());
+        registry.register("delivery_acked", "Messages settled by acks", self.acked.clone());
+        let help = "Time from a message's acceptance to the ack that settled it; with users who were away it is long";
+        registry.register_with_unit(
+            "delivery_settle_latency",
+            help,
+            Unit::Seconds,
+            self.settle_latency.clone(),
+        );
+        let help = "Inbox hints by what became of them; failed: no router answered, dropped: the queue was full, \
+                    unknown: the router cannot say where the user is";
+        registry.register("delivery_relays", help, self.relays.clone());
+        let help = "Inbox hints relayed again because no edge reported the message written";
+        registry.register("delivery_redeliveries", help, self.redeliveries.clone());
+    }
+
+    fn register_inboxes(&self, registry: &mut Registry) {
+        registry.register("delivery_appended", "Messages stored in inboxes", self.appended.clone());
+        let help = "Sends recognised by their dedupe key";
+        registry.register("delivery_dedupe_hits", help, self.duplicates.clone());
+        let help = "Inboxes that wait for redelivery";
+        registry.register("delivery_due_inboxes", help, self.armed.clone());
+        let help =
+            "Messages that wait for an ack; rising without end, somebody sends to users who never come";
+        registry.register("delivery_unsettled_messages", help, self.unsettled.clone());
+        let help = "Age of the oldest message that no edge reported written and whose user is not known to be \
+                    offline; 0 when there is none. Looked for every few seconds among the inboxes that are due first \
+                    and last";
+        let oldest = self.oldest_undelivered.clone();
+        registry.register_with_unit("delivery_oldest_undelivered", help, Unit::Seconds, oldest);
+        let help = "Unsettled messages without a body, and bodies without an unsettled message, in the inboxes that \
+                    this round of the audit or the last one looked at. Not 0 means that messages are lost";
+        let messages = Unit::Other("messages".to_owned());
+        let difference = self.audit_difference.clone();
+        registry.register_with_unit("delivery_audit_difference", help, messages, difference);
+        let help = "Inboxes that the audit looked at; a round takes a minute to an hour";
+        registry.register("delivery_audit_inboxes", help, self.audit_inboxes.clone());
     }
 
     fn register_store(&self, registry: &mut Registry) {
-        registry.register("delivery_appended", "Messages put into inboxes", self.appended.clone());
-        registry.register(
-            "delivery_dedupe_hits",
-            "Sends answered from a dedupe key",
-            self.duplicates.clone(),
-        );
         let help = "Messages, acks and claims in one durable group commit";
         registry.register("delivery_group_commit_items", help, self.group_items.clone());
         let help = "Time of one durable group commit";
         registry.register_with_unit("delivery_group_commit", help, Unit::Seconds, self.group_seconds.clone());
-        registry.register("delivery_due_inboxes", "Inboxes that wait for redelivery", self.armed.clone());
-        registry.register("delivery_unsettled_messages", "Messages not settled", self.unsettled.clone());
-        registry.register(
-            "delivery_store_errors",
-            "Failed transactions of the inbox store, and work that was given up",
-            self.store_errors.clone(),
-        );
+        let help = "Failed transactions of the inbox store, and work that was given up; should stay 0";
+        registry.register("delivery_store_errors", help, self.store_errors.clone());
     }
 
     fn register_shared_store(&self, registry: &mut Registry) {
-        let help = "Time of one call to the shared store";
+        let help = "Time of one call to MongoDB";
         registry.register_with_unit("delivery_store_call", help, Unit::Seconds, self.store_calls.clone());
-        let help = "Calls to the shared store that failed or had no answer";
+        let help = "Calls to MongoDB that failed or had no answer";
         registry.register("delivery_store_call_failures", help, self.store_failures.clone());
         let help = "Writes to an inbox whose outcome had to be looked up";
         registry.register("delivery_store_unknown_outcomes", help, self.store_unknown.clone());
         let help = "Writes to an inbox that another node had changed meanwhile";
         registry.register("delivery_store_conflicts", help, self.store_conflicts.clone());
-        let help = "Connections to the shared store that are in use";
+        let help = "Connections to MongoDB that are in use";
         registry.register("delivery_store_connections", help, self.store_connections.clone());
+    }
+
+    /// Inboxes are in a shared store: what is known of it has a value from now on.
+    pub(crate) fn shares_store(&self) {
+        for operation in StoreOperation::ALL {
+            let label = OperationLabel { operation: operation.as_str() };
+            let _series = self.store_calls.get_or_create(&label);
+            let _series = self.store_failures.get_or_create(&label);
+        }
+        let _series = self.store_up();
+    }
+
+    fn store_up(&self) -> Gauge {
+        self.dependencies.of("mongodb")
     }
 
     /// One user's result of a send; `code` is an error code or `ok`.
     pub(crate) fn send(&self, code: &'static str) {
-        self.sends.get_or_create(&CodeLabel { code }).inc();
+        count(&self.sends, &self.sent, code);
+    }
+
+    /// Measures a send until it is dropped.
+    pub(crate) fn send_timer(&self) -> Timer {
+        Timer::start(&self.send_seconds)
     }
 
     /// One publish's result; `code` is an error code or `ok`.
     pub(crate) fn publish(&self, code: &'static str) {
-        self.publishes.get_or_create(&CodeLabel { code }).inc();
+        count(&self.publishes, &self.published, code);
+    }
+
+    /// Measures a publish until it is dropped.
+    pub(crate) fn publish_timer(&self) -> Timer {
+        Timer::start(&self.publish_seconds)
     }
 
     /// A message was appended, or found to be a duplicate.
@@ -189,6 +298,11 @@ impl Metrics {
         self.acked.inc_by(count as u64);
     }
 
+    /// A message that was accepted at one time was settled at another; both Unix time in microseconds.
+    pub(crate) fn settled(&self, accepted_us: u64, now_us: u64) {
+        self.settle_latency.observe(seconds_between(accepted_us, now_us));
+    }
+
     /// Pages were read for an edge.
     pub(crate) fn reads(&self, count: usize) {
         self.reads.inc_by(count as u64);
@@ -196,7 +310,7 @@ impl Metrics {
 
     /// What became of hints.
     pub(crate) fn relayed(&self, outcome: Outcome, count: usize) {
-        self.relays.get_or_create(&OutcomeLabel { outcome: outcome.as_str() }).inc_by(count as u64);
+        self.relayed[outcome as usize].inc_by(count as u64);
     }
 
     /// Hints were relayed again.
@@ -208,6 +322,21 @@ impl Metrics {
     pub(crate) fn store(&self, stats: crate::store::Stats) {
         self.armed.set(i64::try_from(stats.armed).unwrap_or(i64::MAX));
         self.unsettled.set(i64::try_from(stats.unsettled).unwrap_or(i64::MAX));
+    }
+
+    /// When the oldest undelivered message was accepted, if there is one; both Unix time in microseconds.
+    pub(crate) fn oldest_undelivered(&self, accepted_us: Option<u64>, now_us: u64) {
+        self.oldest_undelivered.set(accepted_us.map_or(0.0, |at| seconds_between(at, now_us)));
+    }
+
+    /// Inboxes were audited.
+    pub(crate) fn audited(&self, inboxes: usize) {
+        self.audit_inboxes.inc_by(inboxes as u64);
+    }
+
+    /// What the audit found.
+    pub(crate) fn audit_difference(&self, messages: u64) {
+        self.audit_difference.set(i64::try_from(messages).unwrap_or(i64::MAX));
     }
 
     /// A transaction failed, or work for a shared store was given up.
@@ -222,6 +351,7 @@ impl Metrics {
         if !ok {
             self.store_failures.get_or_create(&label).inc();
         }
+        self.store_up().set(ok.into());
     }
 
     /// What became of a write to an inbox must be looked up.
@@ -240,15 +370,61 @@ impl Metrics {
     }
 }
 
+/// A family with all results there are.
+fn by_code() -> Family<CodeLabel, Counter> {
+    let family = Family::<CodeLabel, Counter>::default();
+    for code in std::iter::once(OK).chain(ErrorCode::ALL.iter().map(|code| code.as_str())) {
+        let _series = family.get_or_create(&CodeLabel { code });
+    }
+    family
+}
+
+/// Counts a result; `ok` is nearly all of them, and needs no look-up.
+fn count(family: &Family<CodeLabel, Counter>, ok: &Counter, code: &'static str) {
+    if code == OK {
+        ok.inc();
+    } else {
+        family.get_or_create(&CodeLabel { code }).inc();
+    }
+}
+
+/// Registers every metric that a delivery node can have, for documentation.
+pub fn register_all(registry: &mut Registry) {
+    Metrics::register(registry).shares_store();
+    let _peers = PeerMetrics::register(registry, "delivery", &PEERS);
+}
+
 #[cfg(test)]
 impl Metrics {
     /// How many outcomes were unknown, and how many writes met another node's.
     pub(crate) fn store_troubles(&self) -> (u64, u64) {
         (self.store_unknown.get(), self.store_conflicts.get())
     }
+
+    /// What the audit found, and how many inboxes it looked at.
+    pub(crate) fn audit(&self) -> (i64, u64) {
+        (self.audit_difference.get(), self.audit_inboxes.get())
+    }
 }
 
 #[cfg(test)]
 pub(crate) fn for_tests() -> Metrics {
     Metrics::register(&mut Registry::default())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_outcome_has_a_counter_of_its_own() {
+        let metrics = for_tests();
+        for (times, outcome) in (1..).zip(Outcome::ALL) {
+            metrics.relayed(outcome, times);
+        }
+        for (times, outcome) in (1..).zip(Outcome::ALL) {
+            let label = OutcomeLabel { outcome: outcome.as_str() };
+            assert_eq!(metrics.relays.get_or_create(&label).get(), times, "{outcome:?}");
+        }
+    }
 }

@@ -9,7 +9,7 @@ use sanjay_runtime::{
     milestones::MilestoneRing,
     random::{SharedRandom, fraction},
 };
-use tokio::time::MissedTickBehavior;
+use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -39,6 +39,11 @@ const MAX_MESSAGES: usize = 64;
 /// For how long a claim holds: longer than the calls that finish it may take together.
 const CLAIM: Duration = Duration::from_secs(30);
 
+/// How often the oldest undelivered message is looked for, and among how many inboxes at each end of those that are
+/// due.
+const MEASURE_EVERY: Duration = Duration::from_secs(3);
+const MEASURED: usize = 128;
+
 /// Why a scan stopped early.
 #[derive(Debug, thiserror::Error)]
 enum ScanError {
@@ -46,6 +51,8 @@ enum ScanError {
     Store(#[from] StoreError),
     #[error(transparent)]
     Router(#[from] router::RouterError),
+    #[error("no router serves, as far as this node can see")]
+    NoRouter,
 }
 
 /// Relays due inboxes again.
@@ -64,7 +71,12 @@ impl Redelivery {
         let mut scan = tokio::time::interval(SCAN_EVERY);
         scan.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut resting = false;
+        let mut measured: Option<Instant> = None;
         while stop.run_until_cancelled(scan.tick()).await.is_some() {
+            if measured.is_none_or(|at| at.elapsed() >= MEASURE_EVERY) {
+                measured = Some(Instant::now());
+                self.measure().await;
+            }
             match self.scan().await {
                 Ok(()) => {
                     if std::mem::replace(&mut resting, false) {
@@ -81,8 +93,21 @@ impl Redelivery {
         }
     }
 
+    /// Measures how old the oldest message is that waits to be written. Without an answer the last value stays; the
+    /// scan says that the store is away.
+    async fn measure(&self) {
+        match self.store.oldest_undelivered(MEASURED).await {
+            Ok(oldest) => self.metrics.oldest_undelivered(oldest, self.clock.now_us()),
+            Err(error) => tracing::debug!(%error, "the oldest message was not looked for"),
+        }
+    }
+
     async fn scan(&self) -> Result<(), ScanError> {
         self.metrics.store(self.store.stats().await?);
+        // What this node cannot relay it must not claim: another node that can takes it when it has been due for long.
+        if !self.router.is_serving() {
+            return Err(ScanError::NoRouter);
+        }
         for _ in 0..MAX_CLAIMS {
             let now_us = self.clock.now_us();
             let claimed = self.store.claim_due(now_us, now_us + micros(CLAIM), MAX_CLAIM).await?;

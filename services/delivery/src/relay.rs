@@ -42,6 +42,10 @@ pub(crate) enum Outcome {
 }
 
 impl Outcome {
+    /// Every outcome, in the order of their numbers.
+    pub(crate) const ALL: [Self; 5] =
+        [Self::Relayed, Self::Offline, Self::Unknown, Self::Failed, Self::Dropped];
+
     /// One word, for metrics.
     #[must_use]
     pub(crate) const fn as_str(self) -> &'static str {

@@ -45,6 +45,11 @@ impl Router {
         Self(pool)
     }
 
+    /// Whether some router serves, as far as this node can see.
+    pub(crate) fn is_serving(&self) -> bool {
+        self.0.is_serving()
+    }
+
     /// Publishes in order, all on one router; the answers are in the same order. When the outcome is unknown,
     /// what has a dedupe key is published again through another router: the key makes that harmless.
     pub(crate) async fn publish(

@@ -99,7 +99,8 @@ impl Two {
             lanes: 1,
             connect_timeout: TIMEOUT,
             ready: None,
-            metrics: &PeerMetrics::register(&mut Registry::default(), "delivery"),
+            up: None,
+            metrics: &PeerMetrics::register(&mut Registry::default(), "delivery", &["router"]),
         };
         let router = Router::new(PeerPool::start(options, &context).unwrap());
         Self { routers, router, _lifecycles: lifecycles, _context: context }

@@ -9,8 +9,8 @@ use uuid::Uuid;
 
 use super::*;
 use crate::store::{
-    Acked, AppendError, Appended, DueInbox, InboxQuery, NewMessage, Page, Rearm, Receipt, Settle, Stats,
-    StoreError,
+    Acked, AppendError, Appended, AuditPage, DueInbox, InboxQuery, NewMessage, Page, Rearm, Receipt, Settle,
+    Stats, StoreError,
 };
 
 #[derive(Default)]
@@ -61,6 +61,14 @@ impl InboxStore for Expired {
 
     fn stats(&self) -> BoxFuture<'static, Result<Stats, StoreError>> {
         unreachable!("the sweep measures nothing")
+    }
+
+    fn oldest_undelivered(&self, _: usize) -> BoxFuture<'static, Result<Option<u64>, StoreError>> {
+        unreachable!("the sweep measures nothing")
+    }
+
+    fn audit(&self, _: String, _: usize) -> BoxFuture<'static, Result<AuditPage, StoreError>> {
+        unreachable!("the sweep audits nothing")
     }
 
     fn clock(&self) -> SharedClock {

@@ -33,7 +33,7 @@ use crate::{
     Config,
     config::MAX_SHARDS,
     connection::session,
-    metrics::{Metrics, RefusalLabel},
+    metrics::{Metrics, PEERS, RefusalLabel},
     shard::{Common, Shard, Upstream},
     upgrade::{Refusal, decide},
     upstream::{
@@ -98,7 +98,7 @@ pub async fn start(
         let upstream = (link_sender.clone(), read_sender.clone(), ack_sender.clone());
         start_shard(number, Arc::clone(&common), upstream, listener, events, &context)?;
     }
-    let peers = PeerMetrics::register(registry, "edge");
+    let peers = PeerMetrics::register(registry, "edge", &PEERS);
     start_upstream(&common, &context, &peers, replies, (link_requests, read_requests, ack_requests))
 }
 
@@ -131,6 +131,8 @@ fn start_upstream(
         lanes: 1,
         connect_timeout: CONNECT_TIMEOUT,
         ready: None,
+        // That one serves is not enough: the edge must be attached, which the link knows.
+        up: None,
         metrics: peers,
     };
     let delivery = PoolOptions {
@@ -141,6 +143,7 @@ fn start_upstream(
         // Reads and acks use a connection each, so that large pages do not delay acks.
         lanes: 2,
         ready: Some(ready("edge: delivery")),
+        up: Some(common.metrics.delivery_up.clone()),
         ..router
     };
     let (router, delivery) = (PeerPool::start(router, context)?, PeerPool::start(delivery, context)?);
@@ -341,6 +344,7 @@ async fn handshake(shard: Rc<Shard<TcpStream>>, stream: TcpStream) {
     });
     let Ok(Some(accepted)) = timeout(limit, upgrade).await else { return };
     common.connections.fetch_add(1, Ordering::Relaxed);
+    common.metrics.accepted.inc();
     let conn = shard.add(accepted.io, accepted.context.token);
     spawn_on_shard(session::run(Rc::clone(&shard), conn, accepted.leftover.to_vec()));
 }

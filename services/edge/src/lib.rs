@@ -17,3 +17,4 @@ pub mod verifier;
 
 pub use app::start;
 pub use config::Config;
+pub use metrics::register_all as register_metrics;

@@ -2,9 +2,20 @@
 
 use prometheus_client::{
     encoding::EncodeLabelSet,
-    metrics::{counter::Counter, family::Family, gauge::Gauge},
-    registry::Registry,
+    metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
+    registry::{Registry, Unit},
 };
+use sanjay_protocol::CloseCode;
+use sanjay_runtime::{
+    grpc::PeerMetrics,
+    metrics::{Dependencies, latency},
+};
+
+/// The roles that an edge calls, as its peers' metrics name them.
+pub(crate) const PEERS: [&str; 2] = ["router", "delivery node"];
+
+/// What [`crate::upgrade`] and the handshake refuse a connection with.
+const REFUSALS: [u16; 8] = [400, 403, 404, 405, 426, 431, 503, 505];
 
 /// Why a connection ended.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -20,9 +31,16 @@ pub struct RefusalLabel {
     pub status: u16,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct KindLabel {
+    kind: &'static str,
+}
+
 /// What happens on an edge. Counters are rates; nothing here is per user or channel.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Metrics {
+    /// Connections that were upgraded.
+    pub accepted: Counter,
     /// Upgraded connections.
     pub connections: Gauge,
     /// Connections that ended, by close code.
@@ -35,12 +53,20 @@ pub struct Metrics {
     pub channels: Gauge,
     /// Commands that were taken.
     pub commands: Counter,
+    /// Bytes of frames handed to sockets.
+    pub sent_bytes: Counter,
+    /// Bytes read from sockets.
+    pub received_bytes: Counter,
     /// Channel messages that arrived from the router, counted once a shard.
     pub publications: Counter,
     /// Channel messages handed to sockets.
     pub deliveries: Counter,
     /// Inbox messages handed to sockets.
     pub inbox_deliveries: Counter,
+    /// From a channel message's time stamp until all sockets of a shard were written.
+    pub channel_latency: Histogram,
+    /// From an inbox message's time stamp until a socket was written.
+    pub inbox_latency: Histogram,
     /// Gaps that subscribers were told of, one for each channel and shard.
     pub gaps: Counter,
     /// Publications that found a shard's queue full.
@@ -57,49 +83,121 @@ pub struct Metrics {
     pub ack_failures: Counter,
     /// 1 while attached to a router.
     pub attached: Gauge,
+    /// The same, under the name that all dependencies have.
+    pub router_up: Gauge,
+    /// 1 while some delivery node serves.
+    pub delivery_up: Gauge,
 }
 
 impl Metrics {
     /// Registers everything.
     #[must_use]
     pub fn register(registry: &mut Registry) -> Self {
-        let metrics = Self::default();
-        let it = &metrics;
-        registry.register("edge_connections", "Upgraded connections", it.connections.clone());
-        registry.register("edge_closed", "Connections that ended, by close code sent", it.closed.clone());
-        registry.register("edge_refused", "Handshakes refused, by HTTP status", it.refused.clone());
-        let dropped = it.handshakes_dropped.clone();
-        registry.register("edge_handshakes_dropped", "Unfinished handshakes dropped for newer ones", dropped);
-        registry.register(
-            "edge_channels",
-            "Channels with a subscriber, summed over the shards",
-            it.channels.clone(),
-        );
-        registry.register("edge_commands", "Commands taken from clients", it.commands.clone());
-        registry.register("edge_publications", "Channel messages from the router", it.publications.clone());
-        registry.register("edge_deliveries", "Channel messages handed to sockets", it.deliveries.clone());
-        registry.register(
-            "edge_inbox_deliveries",
-            "Inbox messages handed to sockets",
-            it.inbox_deliveries.clone(),
-        );
-        registry.register(
-            "edge_gaps",
-            "Gaps that subscribers were told of, by channel and shard",
-            it.gaps.clone(),
-        );
-        let dropped = it.dropped_publications.clone();
-        registry.register("edge_dropped_publications", "Publications that found a shard full", dropped);
-        registry.register("edge_dropped_hints", "Hints that found a shard full", it.dropped_hints.clone());
-        registry.register("edge_inbox_reads", "Inboxes read", it.inbox_reads.clone());
-        registry.register(
-            "edge_inbox_read_failures",
-            "Inbox reads that failed",
-            it.inbox_read_failures.clone(),
-        );
-        registry.register("edge_acks", "Acks and written reports sent to delivery", it.acks.clone());
-        registry.register("edge_ack_failures", "Batches of acks sent again", it.ack_failures.clone());
-        registry.register("edge_attached", "1 while attached to a router", it.attached.clone());
+        let dependencies = Dependencies::register(registry, "edge");
+        let latencies = Family::<KindLabel, Histogram>::new_with_constructor(latency);
+        let of_kind = |kind| latencies.get_or_create_owned(&KindLabel { kind });
+        let metrics = Self {
+            accepted: Counter::default(),
+            connections: Gauge::default(),
+            closed: Family::default(),
+            refused: Family::default(),
+            handshakes_dropped: Counter::default(),
+            channels: Gauge::default(),
+            commands: Counter::default(),
+            sent_bytes: Counter::default(),
+            received_bytes: Counter::default(),
+            publications: Counter::default(),
+            deliveries: Counter::default(),
+            inbox_deliveries: Counter::default(),
+            channel_latency: of_kind("channel"),
+            inbox_latency: of_kind("inbox"),
+            gaps: Counter::default(),
+            dropped_publications: Counter::default(),
+            dropped_hints: Counter::default(),
+            inbox_reads: Counter::default(),
+            inbox_read_failures: Counter::default(),
+            acks: Counter::default(),
+            ack_failures: Counter::default(),
+            attached: Gauge::default(),
+            router_up: dependencies.of("router"),
+            delivery_up: dependencies.of("delivery"),
+        };
+        metrics.register_connections(registry);
+        metrics.register_messages(registry);
+        metrics.register_upstream(registry);
+        let help = "From a message's acceptance to the write into sockets. Channel messages: the router's time stamp \
+                    until all subscribers on a shard were written, one observation for each shard. Inbox messages: \
+                    one for each first delivery from a hint";
+        registry.register_with_unit("edge_delivery_latency", help, Unit::Seconds, latencies);
         metrics
     }
+
+    fn register_connections(&self, registry: &mut Registry) {
+        for code in CloseCode::ALL {
+            let _series = self.closed.get_or_create(&CloseLabel { code: code.code() });
+        }
+        let _series = self.closed.get_or_create(&CloseLabel { code: 0 });
+        for status in REFUSALS {
+            let _series = self.refused.get_or_create(&RefusalLabel { status });
+        }
+        registry.register("edge_connections", "Upgraded connections", self.connections.clone());
+        registry.register("edge_accepted", "Connections that were upgraded", self.accepted.clone());
+        let help = "Connections that ended, by the close code that the edge sent; 0 when the client closed or was \
+                    lost. Many 4413 are slow clients, many 4408 dead ones";
+        registry.register("edge_closed", help, self.closed.clone());
+        registry.register("edge_refused", "Handshakes refused, by HTTP status", self.refused.clone());
+        let help = "Unfinished handshakes dropped for newer ones: when it rises, somebody opens connections and says \
+                    nothing; limit new connections of an address at the load balancer";
+        registry.register("edge_handshakes_dropped", help, self.handshakes_dropped.clone());
+        let help = "Bytes of WebSocket frames handed to connections, close frames left out; what a slow socket does not take is \
+                    counted too";
+        registry.register_with_unit("edge_sent", help, Unit::Bytes, self.sent_bytes.clone());
+        let help = "Bytes read from connections after the handshake";
+        registry.register_with_unit("edge_received", help, Unit::Bytes, self.received_bytes.clone());
+    }
+
+    fn register_messages(&self, registry: &mut Registry) {
+        let help = "Channels with a subscriber, counted once for each shard";
+        registry.register("edge_channels", help, self.channels.clone());
+        let help = "Commands from clients, bad ones and {} too";
+        registry.register("edge_commands", help, self.commands.clone());
+        let help = "Channel messages from the router, counted once for each shard";
+        registry.register("edge_publications", help, self.publications.clone());
+        registry.register("edge_deliveries", "Channel messages handed to sockets", self.deliveries.clone());
+        let help = "Inbox messages handed to sockets";
+        registry.register("edge_inbox_deliveries", help, self.inbox_deliveries.clone());
+        let help = "Gaps that subscribers were told of, counted once for each channel and shard";
+        registry.register("edge_gaps", help, self.gaps.clone());
+        let help = "Channel messages that found a shard's queue full; not zero means overload";
+        registry.register("edge_dropped_publications", help, self.dropped_publications.clone());
+        let help = "Inbox hints that found a shard's queue full; not zero means overload";
+        registry.register("edge_dropped_hints", help, self.dropped_hints.clone());
+    }
+
+    fn register_upstream(&self, registry: &mut Registry) {
+        registry.register("edge_inbox_reads", "Inboxes read at delivery", self.inbox_reads.clone());
+        let help = "Inbox reads that failed; each is repeated after 1 to 5 s";
+        registry.register("edge_inbox_read_failures", help, self.inbox_read_failures.clone());
+        registry.register(
+            "edge_acks",
+            "Acks and reports of what was written, sent to delivery",
+            self.acks.clone(),
+        );
+        let help = "Batches of acks that had to be repeated";
+        registry.register("edge_ack_failures", help, self.ack_failures.clone());
+        let help = "1 while attached to a router; without one, channels rest";
+        registry.register("edge_attached", help, self.attached.clone());
+    }
+
+    /// Attached to a router, or not any more.
+    pub(crate) fn set_attached(&self, attached: bool) {
+        self.attached.set(attached.into());
+        self.router_up.set(attached.into());
+    }
+}
+
+/// Registers every metric that an edge can have, for documentation.
+pub fn register_all(registry: &mut Registry) {
+    let _metrics = Metrics::register(registry);
+    let _peers = PeerMetrics::register(registry, "edge", &PEERS);
 }

@@ -11,6 +11,7 @@ use sanjay_runtime::{
 };
 use tokio::{
     net::TcpListener,
+    sync::watch,
     time::{MissedTickBehavior, interval},
 };
 use tonic::service::{Routes, interceptor::InterceptedService};
@@ -18,6 +19,7 @@ use tonic::service::{Routes, interceptor::InterceptedService};
 use crate::{
     bus::{
         Bus, BusError, Sink,
+        measured::Measured,
         redis::{RedisBus, metrics::BusMetrics},
     },
     config::Config,
@@ -47,12 +49,15 @@ const SERVICES: [&str; 2] = ["sanjay.edge.v1.RouterLink", "sanjay.router.v1.Rout
 /// # Errors
 /// When the configuration is not valid, or the server cannot be set up.
 pub async fn start(
-    config: Config,
+    mut config: Config,
     listener: TcpListener,
     context: Context,
     registry: &mut MetricsRegistry,
 ) -> anyhow::Result<()> {
     config.validate()?;
+    if config.node.is_empty() {
+        config.node = format!("router-{:08x}", context.random.next_u64() >> 32);
+    }
     let (clock, random) = (Arc::clone(&context.clock), Arc::clone(&context.random));
     let (known, bus): (Arc<dyn Registry>, Arc<dyn Bus>) = match config.redis()? {
         None => {
@@ -92,7 +97,12 @@ pub async fn start_with(
     let lease = Duration::from_millis(config.lease_ms.into());
     let milestones = Arc::new(MilestoneRing::new(config.milestones, "router", Arc::clone(&context.clock)));
     let fanout = Arc::new(Fanout::new(Arc::clone(&milestones), metrics.clone()));
-    match bus.listen(Arc::clone(&fanout) as Arc<dyn Sink>).await {
+    let sink = Arc::new(Measured {
+        sink: Arc::clone(&fanout) as Arc<dyn Sink>,
+        clock: Arc::clone(&context.clock),
+        latency: metrics.bus_latency.clone(),
+    });
+    match bus.listen(sink).await {
         // It goes on trying, and until then every call says what is wrong.
         Err(error @ BusError::Unavailable(_)) => tracing::warn!(%error, "the bus is not there yet"),
         listening => listening.context("listening on the bus")?,
@@ -127,19 +137,26 @@ pub async fn start_with(
         },
         closing: Outage::default(),
     });
+    // A registry that answers at once makes a router that is ready at once.
+    let serving = watch::Sender::new(registry.maintain().await.is_ok());
+    ready.set(*serving.borrow());
     let auth = cluster_auth(&context.cluster_key);
     let link = RouterLinkServer::new(RouterLinkService { links }).max_decoding_message_size(MAX_MESSAGE);
     let server = RouterServer::new(RouterService { publisher, relay, milestones })
         .max_decoding_message_size(MAX_MESSAGE);
     let routes = Routes::new(InterceptedService::new(link, auth.clone()))
-        .add_service(InterceptedService::new(server, auth));
-    let options =
-        ServeOptions { name: "router server", routes, health: &SERVICES, reflection: config.reflection };
+        .add_service(InterceptedService::new(server, auth.clone()));
+    let options = ServeOptions {
+        name: "router server",
+        routes,
+        key: Some(auth),
+        health: &SERVICES,
+        reflection: config.reflection,
+        serving: Some(serving.subscribe()),
+    };
     serve_with(listener, options, &context.lifecycle).await?;
     let leases = Leases::new(Arc::clone(&fanout), Arc::clone(&registry), lease);
-    // A registry that answers at once makes a router that is ready at once.
-    ready.set(registry.maintain().await.is_ok());
-    spawn_upkeep(&context, registry, fanout, ready);
+    spawn_upkeep(&context, registry, fanout, ready, serving);
     let soft = context.lifecycle.soft();
     context.lifecycle.spawn("router reconciler", async move {
         soft.run_until_cancelled(reconciler.run()).await;
@@ -151,12 +168,22 @@ pub async fn start_with(
     Ok(())
 }
 
+/// Failures of the registry's upkeep in a row, a second apart, after which the router says that it does not serve:
+/// edges and delivery nodes then go to a router that does, if there is one.
+const FAILURES: u32 = 2;
+
 /// Once a second: forget what expired, measure what nothing else measures. The router is ready when the registry
-/// answered for the first time.
-fn spawn_upkeep(context: &Context, registry: Arc<dyn Registry>, fanout: Arc<Fanout>, ready: ReadinessFlag) {
+/// answered for the first time, and serves while it does.
+fn spawn_upkeep(
+    context: &Context,
+    registry: Arc<dyn Registry>,
+    fanout: Arc<Fanout>,
+    ready: ReadinessFlag,
+    serving: watch::Sender<bool>,
+) {
     let soft = context.lifecycle.soft();
     context.lifecycle.spawn("router upkeep", async move {
-        let maintaining = Outage::default();
+        let (maintaining, mut failures) = (Outage::default(), 0);
         let mut ticks = interval(Duration::from_secs(1));
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         while soft.run_until_cancelled(ticks.tick()).await.is_some() {
@@ -164,6 +191,8 @@ fn spawn_upkeep(context: &Context, registry: Arc<dyn Registry>, fanout: Arc<Fano
             match registry.maintain().await {
                 Ok(()) => {
                     ready.set(true);
+                    failures = 0;
+                    serving.send_if_modified(|serves| !std::mem::replace(serves, true));
                     if maintaining.ends() {
                         tracing::info!("the registry is maintained again");
                     }
@@ -172,6 +201,9 @@ fn spawn_upkeep(context: &Context, registry: Arc<dyn Registry>, fanout: Arc<Fano
                     if maintaining.begins() {
                         tracing::warn!(%error, "could not maintain the registry");
                     }
+                    failures += 1;
+                    serving
+                        .send_if_modified(|serves| failures >= FAILURES && std::mem::replace(serves, false));
                 }
             }
         }

@@ -14,7 +14,7 @@ use crate::redis::RedisConfig;
 pub struct Config {
     /// Address that the gRPC server listens on.
     pub listen: String,
-    /// Stable name of this router, unique in the cluster.
+    /// Name of this router, unique in the cluster. Empty: `router-` and eight random digits.
     pub node: String,
     /// Where routers keep what they know together, and what carries messages between them: `memory`, or
     /// `redis://HOST:PORT` and perhaps `/DB`. With `memory` there must be no second router: each would know
@@ -85,7 +85,7 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             listen: "127.0.0.1:8083".into(),
-            node: "router-1".into(),
+            node: String::new(),
             registry: MEMORY.into(),
             redis_username: String::new(),
             redis_password: Secret::default(),
@@ -103,11 +103,11 @@ impl Default for Config {
 
 impl Validate for Config {
     fn validate(&self) -> Result<(), ConfigError> {
-        if let Err(error) = names::check("it", &self.node) {
+        if let Err(error) = names::check_optional("it", &self.node) {
             return Err(ConfigError::new(
                 "router.node",
-                error.to_string(),
-                "use a short name, such as `router-1`",
+                format!("is wrong: {error}"),
+                "use a short name, or leave it out",
             ));
         }
         if !(1_000..=600_000).contains(&self.lease_ms) {

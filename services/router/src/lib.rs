@@ -25,3 +25,4 @@ mod writer;
 
 pub use app::{start, start_with};
 pub use config::Config;
+pub use metrics::register_all as register_metrics;

@@ -10,7 +10,7 @@ use sanjay_protocol::{
     limits::MAX_PAYLOAD_BYTES,
     names::{self, NameError},
 };
-use sanjay_runtime::MilestoneRing;
+use sanjay_runtime::{MilestoneRing, metrics::Timer};
 use tracing::Span;
 
 use crate::{
@@ -57,6 +57,7 @@ impl Publisher {
         &self,
         publications: Vec<NewPublication>,
     ) -> Vec<Result<Assigned, PublishError>> {
+        let _timer = Timer::start(&self.metrics.publish_seconds);
         let mut answers: Vec<_> = publications.iter().map(check).collect();
         let mut good: Vec<_> = publications
             .into_iter()

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::{
-    commands::{bench, check_config, health, publish, send, sub, token, trace},
+    commands::{bench, check_config, demo, health, publish, send, sub, token, trace},
     output,
     serve::{
         roles::{DeliveryArgs, EdgeArgs, RouterArgs},
@@ -36,6 +36,7 @@ enum Command {
     Token(token::Args),
     Health(health::Args),
     Bench(bench::Args),
+    Demo(demo::Args),
 }
 
 /// Runs the command of the process's arguments. Exit codes: 0 done, 1 failed, 2 wrong usage.
@@ -65,6 +66,7 @@ impl Command {
             Self::Token(args) => args.run(),
             Self::Health(args) => block_on(args.run()),
             Self::Bench(args) => serve(args.run()),
+            Self::Demo(args) => block_on(args.run()),
         }
     }
 }

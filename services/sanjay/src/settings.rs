@@ -1,12 +1,16 @@
 //! Where a client command finds its server: flags, then the environment, then what the server in the data
 //! directory wrote down.
 
+mod given;
+
 use std::path::PathBuf;
 
 use anyhow::{anyhow, bail};
 use clap::Args;
 use sanjay_client::{Backend, BackendError, BackendOptions};
 use sanjay_runtime::Secret;
+
+pub(crate) use given::{API_KEY, TOKEN, TOKEN_SECRET};
 
 use crate::serve::{
     ready::{self, Ready},
@@ -76,23 +80,47 @@ impl DataDir {
     }
 }
 
-/// The gRPC API for back ends.
+/// The address of the gRPC API for back ends, and a key of it.
 #[derive(Args)]
-pub(crate) struct ApiArgs {
+pub(crate) struct ServerArgs {
     /// The API's address, such as http://127.0.0.1:8082
     #[arg(long, env = "SANJAY_SERVER", value_name = "URL")]
     server: Option<String>,
     /// A key of that server
     #[arg(long, env = "SANJAY_API_KEY", value_name = "KEY", hide_env_values = true)]
     api_key: Option<String>,
-    #[command(flatten)]
-    data_dir: DataDir,
+    /// A file that holds the key
+    #[arg(long, env = "SANJAY_API_KEY_FILE", value_name = "PATH")]
+    api_key_file: Option<PathBuf>,
 }
 
-impl std::fmt::Debug for ApiArgs {
+impl std::fmt::Debug for ServerArgs {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("ApiArgs").field("server", &self.server).finish_non_exhaustive()
+        f.debug_struct("ServerArgs").field("server", &self.server).finish_non_exhaustive()
     }
+}
+
+impl ServerArgs {
+    /// Where the API is and what it asks for: what was given, or else what a server wrote down in `data_dir`.
+    ///
+    /// # Errors
+    /// Says what to start or to set.
+    pub(crate) fn options(&self, data_dir: &DataDir) -> anyhow::Result<BackendOptions> {
+        let server =
+            data_dir.resolve(self.server.clone(), "--server", "SANJAY_SERVER", |ready| ready.server)?;
+        let api_key = API_KEY.of(self.api_key.clone(), self.api_key_file.clone())?;
+        let api_key = data_dir.resolve(api_key, API_KEY.flag, API_KEY.variable, |ready| ready.api_key)?;
+        Ok(BackendOptions::new(server, api_key))
+    }
+}
+
+/// The gRPC API for back ends.
+#[derive(Debug, Args)]
+pub(crate) struct ApiArgs {
+    #[command(flatten)]
+    server: ServerArgs,
+    #[command(flatten)]
+    data_dir: DataDir,
 }
 
 impl ApiArgs {
@@ -101,10 +129,7 @@ impl ApiArgs {
     /// # Errors
     /// Says what to start or to set.
     pub(crate) async fn connect(self) -> anyhow::Result<Backend> {
-        let data_dir = self.data_dir;
-        let server = data_dir.resolve(self.server, "--server", "SANJAY_SERVER", |ready| ready.server)?;
-        let api_key = data_dir.resolve(self.api_key, "--api-key", "SANJAY_API_KEY", |ready| ready.api_key)?;
-        Backend::connect(BackendOptions::new(server, api_key)).await.map_err(explain)
+        Backend::connect(self.server.options(&self.data_dir)?).await.map_err(explain)
     }
 }
 
@@ -130,6 +155,9 @@ pub(crate) struct SocketArgs {
     /// The token to connect with
     #[arg(long, env = "SANJAY_TOKEN", value_name = "TOKEN", hide_env_values = true)]
     token: Option<String>,
+    /// A file that holds the token
+    #[arg(long, env = "SANJAY_TOKEN_FILE", value_name = "PATH")]
+    token_file: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) secret: SecretArgs,
 }
@@ -153,9 +181,34 @@ impl SocketArgs {
         let url = data_dir.resolve(self.url, "--url", "SANJAY_URL", |ready| ready.url)?;
         let token = match mint {
             Some(mint) => mint(self.secret.token_secret()?),
-            None => data_dir.resolve(self.token, "--token", "SANJAY_TOKEN", |ready| ready.token)?,
+            None => {
+                let token = TOKEN.of(self.token, self.token_file)?;
+                data_dir.resolve(token, TOKEN.flag, TOKEN.variable, |ready| ready.token)?
+            }
         };
         Ok((url, token))
+    }
+}
+
+/// An edge, for a command that makes tokens for its users itself.
+#[derive(Debug, Args)]
+pub(crate) struct AccessArgs {
+    /// The edge's address, such as ws://127.0.0.1:8080/v1/ws
+    #[arg(long, env = "SANJAY_URL", value_name = "URL")]
+    url: Option<String>,
+    #[command(flatten)]
+    pub(crate) secret: SecretArgs,
+}
+
+impl AccessArgs {
+    /// The address, and the secret to make tokens with.
+    ///
+    /// # Errors
+    /// Says what to start or to set.
+    pub(crate) fn resolve(&self) -> anyhow::Result<(String, Secret)> {
+        let data_dir = &self.secret.data_dir;
+        let url = data_dir.resolve(self.url.clone(), "--url", "SANJAY_URL", |ready| ready.url)?;
+        Ok((url, self.secret.token_secret()?))
     }
 }
 
@@ -165,8 +218,11 @@ pub(crate) struct SecretArgs {
     /// The edge's token secret, to make a token with
     #[arg(long, env = "SANJAY_EDGE__TOKEN_SECRET", value_name = "SECRET", hide_env_values = true)]
     token_secret: Option<String>,
+    /// A file that holds the token secret
+    #[arg(long, env = "SANJAY_EDGE__TOKEN_SECRET_FILE", value_name = "PATH")]
+    token_secret_file: Option<PathBuf>,
     #[command(flatten)]
-    data_dir: DataDir,
+    pub(crate) data_dir: DataDir,
 }
 
 impl std::fmt::Debug for SecretArgs {
@@ -181,7 +237,8 @@ impl SecretArgs {
     /// # Errors
     /// Says what to start or to set.
     pub(crate) fn token_secret(&self) -> anyhow::Result<Secret> {
-        self.data_dir.token_secret(self.token_secret.as_deref())
+        let given = TOKEN_SECRET.of(self.token_secret.clone(), self.token_secret_file.clone())?;
+        self.data_dir.token_secret(given.as_deref())
     }
 }
 

@@ -1,6 +1,9 @@
 //! Merges the layers and explains what does not fit.
 
-use std::{env, fs, path::PathBuf};
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+};
 
 use figment::{
     Error, Figment, Metadata, Profile, Provider,
@@ -10,7 +13,7 @@ use figment::{
 };
 use serde::de::DeserializeOwned;
 
-use super::{LoadError, PREFIX, SECTIONS, Validate};
+use super::{FILE_SUFFIX, LoadError, PREFIX, SECTIONS, Validate, given_twice, read_value};
 
 /// The layers above the defaults, which are those of the settings' own `Default`.
 #[derive(Debug, Clone, Default)]
@@ -27,12 +30,18 @@ struct Text {
     key: String,
     raw: String,
     value: Value,
+    /// Whether it came from a file of its own, as secrets do: no error may show it.
+    hidden: bool,
 }
 
 impl Text {
-    fn new(source: String, key: String, raw: String) -> Self {
-        let value = raw.parse().unwrap_or_else(|never| match never {});
-        Self { source, key, raw, value }
+    fn new(source: String, key: String, raw: String, hidden: bool) -> Self {
+        let mut value: Value = raw.parse().unwrap_or_else(|never| match never {});
+        if hidden && matches!(value, Value::String(..)) {
+            // Quotes and blanks around a text are taken off a variable; the content of a file is what it is.
+            value = Value::from(raw.as_str());
+        }
+        Self { source, key, raw, value, hidden }
     }
 
     /// Reads the text anew after the setting said what it wants: a number may have been meant as text, and
@@ -66,7 +75,8 @@ impl Layers {
         self
     }
 
-    /// Adds variables as if they were the environment; others than those of [`SECTIONS`] are ignored.
+    /// Adds variables as if they were the environment; others than those of [`SECTIONS`] are ignored. What files they
+    /// name is read when the settings are loaded.
     #[must_use]
     pub fn variables(mut self, variables: impl IntoIterator<Item = (String, String)>) -> Self {
         self.variables.extend(variables);
@@ -95,7 +105,7 @@ impl Layers {
     #[must_use]
     pub fn flag(mut self, flag: &str, key: &str, value: Option<impl ToString>) -> Self {
         if let Some(value) = value {
-            self.flags.push(Text::new(format!("flag `{flag}`"), key.to_owned(), value.to_string()));
+            self.flags.push(Text::new(format!("flag `{flag}`"), key.to_owned(), value.to_string(), false));
         }
         self
     }
@@ -115,7 +125,7 @@ impl Layers {
                 Err(error) => {
                     // Each round fixes the type of one text, so that there are at most two for each.
                     if !adapt(&mut texts, &error) {
-                        return Err(explain(error, &merged));
+                        return Err(explain(error, &merged, &texts));
                     }
                 }
             }
@@ -136,14 +146,28 @@ impl Layers {
     }
 
     fn read_variables(&self) -> Result<Vec<Text>, LoadError> {
-        let mut texts = Vec::new();
+        let mut texts: Vec<Text> = Vec::new();
+        // Which variable gave a key, and whether by a file.
+        let mut given: Vec<(&str, bool)> = Vec::new();
         for (name, value) in self.variables.iter().filter(|(name, _)| concerns_us(name)) {
-            let key = name[PREFIX.len()..].to_lowercase().replace("__", ".");
+            let (plain, by_file) = match name.strip_suffix(FILE_SUFFIX) {
+                Some(plain) => (plain, true),
+                None => (name.as_str(), false),
+            };
+            let key = plain[PREFIX.len()..].to_lowercase().replace("__", ".");
             let (section, rest) = key.split_once('.').unwrap_or_default();
             if !SECTIONS.contains(&section) || rest.split('.').any(str::is_empty) {
                 return Err(LoadError::UnknownVariable(name.clone()));
             }
-            texts.push(Text::new(format!("environment variable `{name}`"), key, value.clone()));
+            let other =
+                texts.iter().zip(&given).find(|(text, (_, file))| text.key == key && *file != by_file);
+            if let Some((_, &(other, _))) = other {
+                let (plain, file) = if by_file { (other, name.as_str()) } else { (name.as_str(), other) };
+                return Err(given_twice(plain, file).into());
+            }
+            let value = if by_file { read_value(name, Path::new(value))? } else { value.clone() };
+            given.push((name, by_file));
+            texts.push(Text::new(format!("environment variable `{name}`"), key, value, by_file));
         }
         Ok(texts)
     }
@@ -208,8 +232,12 @@ fn source_of(merged: &Figment, key: &str) -> String {
         .map_or_else(|| "the default".to_owned(), |metadata| metadata.name.to_string())
 }
 
-fn explain(error: Error, merged: &Figment) -> LoadError {
+fn explain(error: Error, merged: &Figment, texts: &[Text]) -> LoadError {
     let mut path = error.path;
+    // The setting, or the list or table that it is in.
+    let key = path.join(".");
+    let is_here = |text: &&Text| key.starts_with(&text.key);
+    let hidden = texts.iter().rfind(is_here).is_some_and(|text| text.hidden);
     let problem = match error.kind {
         Kind::UnknownField(name, expected) => {
             if path.last() != Some(&name) {
@@ -220,16 +248,20 @@ fn explain(error: Error, merged: &Figment) -> LoadError {
             return LoadError::UnknownKey { source_name: source_of(merged, &key), key, expected };
         }
         Kind::InvalidType(found, expected) | Kind::InvalidValue(found, expected) => {
-            format!("found {}, expected {}", describe(&found, &expected), in_plain_words(&expected))
+            let found = if hidden { "something else".to_owned() } else { describe(&found, &expected) };
+            format!("found {found}, expected {}", in_plain_words(&expected))
+        }
+        Kind::UnknownVariant(_, expected) if hidden => {
+            format!("found something else, expected one of {}", expected.join(", "))
         }
         Kind::UnknownVariant(found, expected) => {
             format!("found `{found}`, expected one of {}", expected.join(", "))
         }
         Kind::MissingField(name) => format!("`{name}` is missing; add it"),
         Kind::InvalidLength(length, expected) => format!("found {length} items, expected {expected}"),
+        _ if hidden => "the content of the file does not fit the setting".to_owned(),
         other => other.to_string(),
     };
-    let key = path.join(".");
     LoadError::WrongValue { source_name: source_of(merged, &key), key, problem }
 }
 

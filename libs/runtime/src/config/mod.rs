@@ -1,6 +1,9 @@
 //! Configuration in layers, each of which overrides the one before: defaults, a TOML file, `SANJAY_…`
 //! variables, flags. What is wrong is named with its key, where it came from, and what would be right.
+//!
+//! A variable whose name ends with `_FILE` gives a path, and the setting's value is the content of that file.
 
+mod files;
 mod layers;
 #[cfg(test)]
 mod tests;
@@ -9,6 +12,7 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
+pub use files::{FILE_SUFFIX, MAX_FILE_BYTES, given_twice, read_value};
 pub use layers::Layers;
 
 /// The sections that can be set through the environment.
@@ -78,6 +82,9 @@ pub enum LoadError {
     /// The value of an environment variable is no text.
     #[error("environment variable `{0}` is not valid UTF-8; set it to plain text")]
     NotUnicode(String),
+    /// A variable that names a file is wrong, or the same setting was given in two ways.
+    #[error(transparent)]
+    Variable(#[from] ConfigError),
     /// There is no such setting.
     #[error("`{key}` ({source_name}) is not a setting; {}", known(expected))]
     UnknownKey {

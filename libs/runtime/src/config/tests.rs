@@ -232,3 +232,108 @@ fn a_file_must_be_there_and_be_toml() {
     let text = refused_file("[edge]\n\nlisten == 1\n");
     assert!(text.contains("is not valid TOML at line 3"), "{text}");
 }
+
+/// A variable that names a file with this content.
+fn from_file(name: &str, content: impl AsRef<[u8]>) -> (tempfile::TempDir, PathBuf, Layers) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("value");
+    std::fs::write(&path, content).unwrap();
+    let layers = variables([(name, path.to_str().unwrap())]);
+    (dir, path, layers)
+}
+
+#[test]
+fn a_file_may_hold_the_value() {
+    for (content, secret) in [
+        ("0123\n", "0123"),
+        ("0123\r\n", "0123"),
+        ("0123", "0123"),
+        ("a b\n\n", "a b\n"),
+        ("\"a\" ", "\"a\" "),
+    ] {
+        let (_dir, _, layers) = from_file("SANJAY_EDGE__TOKEN_SECRET_FILE", content);
+        let settings: Settings = layers.load().unwrap();
+        assert!(settings.edge.token_secret.matches(secret.as_bytes()), "{content:?}");
+    }
+    let (_dir, _, layers) = from_file("SANJAY_EDGE__HEARTBEAT_MS_FILE", "5000\n");
+    assert_eq!(layers.load::<Settings>().unwrap().edge.heartbeat_ms, 5_000);
+    let (_dir, _, layers) =
+        from_file("SANJAY_EDGE__ALLOWED_ORIGINS_FILE", "https://a.example,https://b.example");
+    let settings: Settings = layers.load().unwrap();
+    assert_eq!(settings.edge.allowed_origins, ["https://a.example", "https://b.example"]);
+    for keys in [
+        "[{name=\"shop\", sha256=\"ab\"}, {name=\"mail\", sha256=\"cd\"}]\n",
+        "[\n  { name = \"shop\", sha256 = \"ab\" },\n  { name = \"mail\", sha256 = \"cd\" }\n]\n",
+    ] {
+        let (_dir, _, layers) = from_file("SANJAY_DELIVERY__API_KEYS_FILE", keys);
+        let settings: Settings = layers.load().unwrap();
+        let names: Vec<_> = settings.delivery.api_keys.iter().map(|key| key.name.as_str()).collect();
+        assert_eq!(names, ["shop", "mail"]);
+    }
+}
+
+#[test]
+fn a_file_stands_where_its_variable_stands() {
+    let (_dir, path) = written("[edge]\nnode = 'file'\n");
+    let (_other, _, layers) = from_file("SANJAY_EDGE__NODE_FILE", "variable");
+    let layers = layers.file(&path);
+    assert_eq!(layers.load::<Settings>().unwrap().edge.node.as_deref(), Some("variable"));
+    let layers = layers.flag("--node", "edge.node", Some("flag"));
+    assert_eq!(layers.load::<Settings>().unwrap().edge.node.as_deref(), Some("flag"));
+    let (_dir, _, layers) = from_file("SANJAY_EDGE__PORT_FILE", "1");
+    let text = refused(&layers);
+    assert!(text.starts_with("`edge.port` (environment variable `SANJAY_EDGE__PORT_FILE`) is not"), "{text}");
+    let text = refused(&variables([("SANJAY_EDGE___FILE", "/nonexistent")]));
+    assert!(text.contains("`SANJAY_EDGE___FILE` names no setting"), "{text}");
+}
+
+#[test]
+fn a_value_and_a_file_together_are_refused() {
+    let (_dir, path, _) = from_file("SANJAY_EDGE__NODE_FILE", "b");
+    let (by_value, by_file) =
+        (("SANJAY_EDGE__NODE", "a"), ("SANJAY_EDGE__NODE_FILE", path.to_str().unwrap()));
+    for both in [[by_value, by_file], [by_file, by_value]] {
+        let text = refused(&variables(both));
+        let expected = "`SANJAY_EDGE__NODE` is set, and so is `SANJAY_EDGE__NODE_FILE`; unset one of the two";
+        assert_eq!(text, expected);
+    }
+}
+
+#[test]
+fn a_file_that_holds_no_value_is_refused() {
+    let name = "SANJAY_EDGE__TOKEN_SECRET_FILE";
+    let refused_with = |text: &str, path: &Path, problem: &str| {
+        let begin = format!("`{name}` names `{}`, which ", path.display());
+        assert!(text.starts_with(&begin) && text.contains(problem) && text.contains("; "), "{text}");
+        assert!(!text.contains("hunter"), "{text}");
+    };
+    let (dir, path, layers) = from_file(name, "hunter2".repeat(10_000));
+    refused_with(&refused(&layers), &path, "holds more than 65536 bytes");
+    std::fs::write(&path, b"hunter2\xff").unwrap();
+    refused_with(&refused(&layers), &path, "is not valid UTF-8");
+    let missing = dir.path().join("missing");
+    let layers = variables([(name, missing.to_str().unwrap())]);
+    refused_with(&refused(&layers), &missing, "cannot be read (No such file");
+    let layers = variables([(name, dir.path().to_str().unwrap())]);
+    refused_with(&refused(&layers), dir.path(), "cannot be read (Is a directory");
+    let text = refused(&variables([(name, "")]));
+    assert_eq!(text, format!("`{name}` is empty; give the path of a file, or unset it"));
+}
+
+#[test]
+fn what_a_file_holds_is_in_no_error() {
+    let content = "[{name=\"hunter2\"}]";
+    let cases = [
+        ("SANJAY_EDGE__HEARTBEAT_MS_FILE", "hunter2", "expected a whole number"),
+        ("SANJAY_EDGE__FORMAT_FILE", "hunter2", "expected one of json, text"),
+        ("SANJAY_DELIVERY__API_KEYS_FILE", "hunter2", "expected a"),
+        ("SANJAY_DELIVERY__API_KEYS_FILE", content, "`sha256` is missing"),
+        ("SANJAY_DELIVERY__API_KEYS_FILE", "[{name=[\"hunter2\"], sha256=\"x\"}]", "expected"),
+    ];
+    for (name, content, problem) in cases {
+        let (_dir, _, layers) = from_file(name, content);
+        let text = refused(&layers);
+        assert!(text.contains(&format!("environment variable `{name}`")) && text.contains(problem), "{text}");
+        assert!(!text.contains("hunter2"), "{text}");
+    }
+}

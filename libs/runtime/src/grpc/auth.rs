@@ -23,6 +23,29 @@ pub struct ClusterAuth {
     key: Secret,
 }
 
+/// Where a health check shows the cluster key: `authorization` may be what a back end has for its own calls.
+const HEALTH_KEY: &str = "sanjay-cluster-key";
+
+fn wrong() -> Status {
+    Status::unauthenticated(
+        "the cluster key is wrong; set `cluster.key` (SANJAY_CLUSTER__KEY) of the calling process to that of this one",
+    )
+}
+
+/// Answers health checks of anybody, but of a process of another cluster only that it is one: else it would take this
+/// one for healthy and be refused with every call.
+#[derive(Debug, Clone)]
+pub(super) struct HealthAuth(pub(super) ClusterAuth);
+
+impl Interceptor for HealthAuth {
+    fn call(&mut self, request: Request<()>) -> Result<Request<()>, Status> {
+        match request.metadata().get(HEALTH_KEY) {
+            Some(shown) if !self.0.key.matches(shown.as_encoded_bytes()) => Err(wrong()),
+            _ => Ok(request),
+        }
+    }
+}
+
 impl Interceptor for ClusterAuth {
     fn call(&mut self, request: Request<()>) -> Result<Request<()>, Status> {
         let Some(header) = request.metadata().get(AUTHORIZATION) else {
@@ -33,10 +56,7 @@ impl Interceptor for ClusterAuth {
         };
         let shown = header.as_encoded_bytes().strip_prefix(SCHEME.as_bytes()).unwrap_or_default();
         if self.key.is_empty() || !self.key.matches(shown) {
-            return Err(Status::unauthenticated(
-                "the cluster key is wrong; set `cluster.key` (SANJAY_CLUSTER__KEY) of the calling process to \
-                 that of this one",
-            ));
+            return Err(wrong());
         }
         Ok(request)
     }
@@ -46,17 +66,32 @@ impl Interceptor for ClusterAuth {
 #[derive(Debug, Clone)]
 pub struct ClusterKey {
     header: MetadataValue<Ascii>,
+    /// The key alone.
+    bare: MetadataValue<Ascii>,
 }
 
 impl ClusterKey {
     /// # Errors
     /// When the key has characters that cannot travel in a header.
     pub fn new(key: &Secret) -> anyhow::Result<Self> {
-        let mut header: MetadataValue<Ascii> = format!("{SCHEME}{}", key.expose()).parse().map_err(|_| {
-            anyhow::anyhow!("`cluster.key` has characters that cannot be sent; use visible ASCII only")
-        })?;
-        header.set_sensitive(true);
-        Ok(Self { header })
+        let value = |text: String| -> anyhow::Result<MetadataValue<Ascii>> {
+            let mut value: MetadataValue<Ascii> = text.parse().map_err(|_| {
+                anyhow::anyhow!("`cluster.key` has characters that cannot be sent; use visible ASCII only")
+            })?;
+            value.set_sensitive(true);
+            Ok(value)
+        };
+        Ok(Self {
+            header: value(format!("{SCHEME}{}", key.expose()))?,
+            bare: value(key.expose().to_owned())?,
+        })
+    }
+
+    /// A health check that shows the key.
+    pub(super) fn with_health<T>(&self, message: T) -> Request<T> {
+        let mut request = Request::new(message);
+        request.metadata_mut().insert(HEALTH_KEY, self.bare.clone());
+        request
     }
 }
 

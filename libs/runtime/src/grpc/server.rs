@@ -1,15 +1,24 @@
 //! Serves gRPC with health and reflection, and ends in time.
 
-use std::{io, time::Duration};
+use std::{future::pending, io, time::Duration};
 
 use anyhow::Context as _;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::watch,
+};
 use tokio_stream::{StreamExt, wrappers::TcpListenerStream};
 use tokio_util::sync::CancellationToken;
-use tonic::{service::Routes, transport::Server};
+use tonic::{
+    service::{Routes, interceptor::InterceptedService},
+    transport::Server,
+};
 use tonic_health::{ServingStatus, server::HealthReporter};
 
-use super::connection::Connection;
+use super::{
+    auth::{ClusterAuth, HealthAuth},
+    connection::Connection,
+};
 use crate::lifecycle::Lifecycle;
 
 /// Largest message that a server of the cluster decodes, in bytes: every generated server is given this bound,
@@ -36,10 +45,14 @@ pub struct ServeOptions {
     pub name: &'static str,
     /// The services.
     pub routes: Routes,
+    /// The cluster's key, for health checks that show one; `None` takes any.
+    pub key: Option<ClusterAuth>,
     /// Full names of the services that health reports as serving until shutdown begins.
     pub health: &'static [&'static str],
     /// Whether clients may ask for the definitions of all services.
     pub reflection: bool,
+    /// Whether the services serve, as health reports it; `None`: until shutdown begins.
+    pub serving: Option<watch::Receiver<bool>>,
 }
 
 /// Serves `routes` with health and reflection; see [`serve_with`].
@@ -53,7 +66,12 @@ pub async fn serve(
     health: &'static [&'static str],
     lifecycle: &Lifecycle,
 ) -> anyhow::Result<()> {
-    serve_with(listener, ServeOptions { name, routes, health, reflection: true }, lifecycle).await
+    serve_with(
+        listener,
+        ServeOptions { name, routes, key: None, health, reflection: true, serving: None },
+        lifecycle,
+    )
+    .await
 }
 
 /// Serves in a task of `lifecycle` and returns at once. At the soft token health turns to not serving, no
@@ -66,10 +84,14 @@ pub async fn serve_with(
     options: ServeOptions,
     lifecycle: &Lifecycle,
 ) -> anyhow::Result<()> {
-    let ServeOptions { name, mut routes, health, reflection } = options;
+    let ServeOptions { name, mut routes, key, health, reflection, serving } = options;
     let (reporter, health_service) = tonic_health::server::health_reporter();
-    report(&reporter, health, ServingStatus::Serving).await;
-    routes = routes.add_service(health_service);
+    let serves = serving.as_ref().is_none_or(|serving| *serving.borrow());
+    report(&reporter, health, status(serves)).await;
+    routes = match key {
+        Some(key) => routes.add_service(InterceptedService::new(health_service, HealthAuth(key))),
+        None => routes.add_service(health_service),
+    };
     if reflection {
         routes = add_reflection(routes, health)?;
     }
@@ -77,7 +99,8 @@ pub async fn serve_with(
     let incoming = TcpListenerStream::new(listener).then(move |accepted| accept(accepted, hard.clone()));
     lifecycle.spawn_vital(name, async move {
         let ending = async {
-            soft.cancelled().await;
+            let following = follow(&reporter, health, serving);
+            soft.run_until_cancelled(following).await;
             report(&reporter, health, ServingStatus::NotServing).await;
         };
         Server::builder()
@@ -109,6 +132,25 @@ async fn accept(accepted: io::Result<TcpStream>, cut: CancellationToken) -> io::
             Err(error)
         }
     }
+}
+
+fn status(serves: bool) -> ServingStatus {
+    if serves { ServingStatus::Serving } else { ServingStatus::NotServing }
+}
+
+/// Reports each change; never ends.
+async fn follow(
+    reporter: &HealthReporter,
+    services: &[&'static str],
+    serving: Option<watch::Receiver<bool>>,
+) {
+    if let Some(mut serving) = serving {
+        while serving.changed().await.is_ok() {
+            let serves = *serving.borrow_and_update();
+            report(reporter, services, status(serves)).await;
+        }
+    }
+    pending().await
 }
 
 async fn report(reporter: &HealthReporter, services: &[&'static str], status: ServingStatus) {

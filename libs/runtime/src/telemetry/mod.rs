@@ -43,6 +43,16 @@ pub enum Role {
 }
 
 impl Role {
+    /// The name in configuration and metrics.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Edge => "edge",
+            Self::Router => "router",
+            Self::Delivery => "delivery",
+        }
+    }
+
     /// The name in traces.
     #[must_use]
     pub fn service(self) -> &'static str {
@@ -84,6 +94,8 @@ pub struct TelemetryConfig {
     pub log_format: LogFormat,
     /// Where spans go (OTLP over gRPC, `http://host:port`); nowhere when left out.
     pub otlp_endpoint: Option<String>,
+    /// Name of this process in traces, `service.instance.id`. Empty: the machine's name and the process id.
+    pub instance: String,
     /// Share of new traces that are recorded, from 0 to 1. A caller's trace is recorded when the caller says so.
     pub sample_ratio: f64,
 }
@@ -94,6 +106,7 @@ impl Default for TelemetryConfig {
             log_level: "info".to_owned(),
             log_format: LogFormat::Json,
             otlp_endpoint: None,
+            instance: String::new(),
             sample_ratio: 1.0,
         }
     }
@@ -147,6 +160,16 @@ pub fn init(config: &TelemetryConfig, roles: &[Role]) -> anyhow::Result<Telemetr
     Ok(TelemetryGuard { providers, _collector: collector })
 }
 
+/// What tells this process from others of its role.
+fn instance(configured: &str) -> String {
+    if !configured.is_empty() {
+        return configured.to_owned();
+    }
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let host = if host.trim().is_empty() { "localhost" } else { host.trim() };
+    format!("{host}:{}", std::process::id())
+}
+
 /// Everything of [`init`] but the global part.
 fn subscriber<W>(
     config: &TelemetryConfig,
@@ -158,8 +181,9 @@ where
     W: for<'a> MakeWriter<'a> + Send + Sync + 'static,
 {
     let mut providers = Vec::new();
+    let instance = instance(&config.instance);
     for role in roles {
-        providers.push((*role, provider(*role, config.sample_ratio, collector)?));
+        providers.push((*role, provider(*role, &instance, config.sample_ratio, collector)?));
     }
     let tracer = RoleTracer::new(&providers)?;
     // Spans below INFO are for log filters; as traces they would cost more than they tell.

@@ -22,12 +22,14 @@ use crate::trace::UNDER_WAY;
 /// sampled trace stays sampled for the processes behind this one.
 pub(super) fn provider(
     role: Role,
+    instance: &str,
     sample_ratio: f64,
     collector: Option<&Collector>,
 ) -> anyhow::Result<SdkTracerProvider> {
     let resource = Resource::builder()
         .with_service_name(role.service())
         .with_attribute(KeyValue::new("service.version", env!("CARGO_PKG_VERSION")))
+        .with_attribute(KeyValue::new("service.instance.id", instance.to_owned()))
         .build();
     let roots: Box<dyn ShouldSample> = match collector {
         Some(_) => Box::new(Roots(Sampler::TraceIdRatioBased(sample_ratio))),

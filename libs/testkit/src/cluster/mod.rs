@@ -255,6 +255,26 @@ impl Cluster {
         self.process(node).signal(libc::SIGCONT);
     }
 
+    /// The lines of an edge's log that say to which router it attached, in order.
+    #[must_use]
+    pub fn attachments(&self, edge: usize) -> Vec<String> {
+        let log = self.log((Role::Edge, edge));
+        let attached = log.lines().filter(|line| line.contains("attached to a router"));
+        attached.map(str::to_owned).collect()
+    }
+
+    /// To which router an edge attached last.
+    ///
+    /// # Panics
+    /// When it never did.
+    #[must_use]
+    pub fn router_of(&self, edge: usize) -> usize {
+        let last = self.attachments(edge).pop().expect("a ready edge has attached");
+        let routers = self.members.keys().filter(|node| node.role == Role::Router);
+        let is_last = |node: &&Node| last.contains(&format!("127.0.0.1:{}\"", self.port(**node)));
+        routers.into_iter().find(is_last).expect("it is one of the cluster's").index
+    }
+
     /// What one process has logged, of all its runs.
     #[must_use]
     pub fn log(&self, node: impl Into<Node>) -> String {

@@ -1,7 +1,8 @@
-//! Servers of others that tests run against: Redis, and MongoDB or what speaks its protocol. Each is a process of its
-//! own on a free port of 127.0.0.1, with its data in a directory that goes away with it.
+//! Servers of others that tests run against: Redis, MongoDB or what speaks its protocol, and nginx. Each is a process
+//! of its own on free ports of 127.0.0.1, with its data in a directory that goes away with it.
 
 mod mongo;
+mod nginx;
 mod redis;
 mod resp;
 
@@ -12,6 +13,7 @@ use std::{
 
 pub use bson;
 pub use mongo::{Mongo, MongoOptions};
+pub use nginx::{Nginx, NginxOptions};
 pub use redis::{Redis, RedisOptions, Snapshot};
 pub use resp::Reply;
 

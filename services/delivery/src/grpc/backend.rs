@@ -47,10 +47,11 @@ impl BackendApi {
         request: PublishRequest,
         parent: String,
     ) -> BoxFuture<'static, Result<PublishResponse, Refusal>> {
-        let metrics = self.metrics.clone();
+        let (metrics, timer) = (self.metrics.clone(), self.metrics.publish_timer());
         let submitted = checked_publish(request, parent).map(|publish| self.publisher.publish(publish));
         let deadline = self.deadline;
         async move {
+            let _timer = timer;
             let result = match submitted {
                 Ok(answer) => match tokio::time::timeout(deadline, answer).await {
                     Ok(result) => result.map_err(Refusal::from),
@@ -73,6 +74,7 @@ impl BackendApi {
         caller: Arc<str>,
         parent: String,
     ) -> BoxFuture<'static, Result<SendResponse, Refusal>> {
+        let timer = self.metrics.send_timer();
         let answer = match checked_send(request, caller, parent) {
             Ok(send) => self.inbox.send(send),
             Err(refusal) => {
@@ -82,6 +84,7 @@ impl BackendApi {
         };
         let deadline = self.deadline;
         async move {
+            let _timer = timer;
             match tokio::time::timeout(deadline, answer).await {
                 Ok(results) => Ok(SendResponse { results: results.into_iter().map(send_result).collect() }),
                 Err(_) => Err(Refusal::late(deadline)),

@@ -11,6 +11,7 @@
 //! - **Unknown outcomes.** After [`StoreError::Unavailable`] an append may have happened or not; repeating it
 //!   with the same dedupe key is safe.
 
+mod audit;
 mod epoch;
 mod location;
 pub mod mongodb;
@@ -21,6 +22,7 @@ pub(crate) mod suite;
 
 use std::{sync::Arc, time::Duration};
 
+pub use audit::{AuditPage, Finding};
 use futures::future::BoxFuture;
 pub use location::{Database, Location, LocationError};
 use sanjay_proto::client::v1::{InboxMessage, Payload, SeqRange};
@@ -184,6 +186,8 @@ pub struct SettledMessage {
     pub seq: u64,
     /// Its id.
     pub message_id: Uuid,
+    /// When it was accepted, Unix time in microseconds.
+    pub accepted_us: u64,
     /// W3C `traceparent` that it was stored with, or empty.
     pub trace: String,
 }
@@ -297,6 +301,15 @@ pub trait InboxStore: Send + Sync + 'static {
 
     /// How much the store holds. A store that nodes share may answer with a count that it made a while ago.
     fn stats(&self) -> BoxFuture<'static, Result<Stats, StoreError>>;
+
+    /// When the oldest message was accepted, in Unix microseconds, that was not reported written and whose user is
+    /// not known to be offline; `None` when there is none. Looks at the `limit` inboxes that are due first, and at as
+    /// many that are due last: among those are the ones that were relayed again most often.
+    fn oldest_undelivered(&self, limit: usize) -> BoxFuture<'static, Result<Option<u64>, StoreError>>;
+
+    /// Compares up to `limit` inboxes of users whose names follow `after` (empty for the first) with their bodies.
+    /// Each is seen as it was at one moment, so that what is appended, settled or moved meanwhile is no finding.
+    fn audit(&self, after: String, limit: usize) -> BoxFuture<'static, Result<AuditPage, StoreError>>;
 
     /// The time in which inboxes are due: all nodes that share the store have it in common.
     fn clock(&self) -> SharedClock;

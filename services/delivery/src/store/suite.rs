@@ -1,5 +1,7 @@
 //! What every adapter of the store must do: fixed cases, and random operations against a model.
 
+pub(crate) mod audit;
+
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     sync::Arc,
@@ -24,6 +26,13 @@ pub(crate) trait Harness {
     fn clock(&self) -> &Arc<ManualClock>;
     /// Closes the store, when it is open, and opens it.
     fn reopen(&mut self) -> impl Future<Output = Arc<dyn InboxStore>>;
+    /// Removes a body behind the store's back.
+    fn lose_body(
+        &mut self,
+        store: Arc<dyn InboxStore>,
+        user: &str,
+        seq: u64,
+    ) -> impl Future<Output = Arc<dyn InboxStore>>;
 }
 
 pub(crate) fn text(text: impl Into<String>) -> Arc<Payload> {
@@ -66,6 +75,7 @@ pub(crate) async fn fixed_cases<H: Harness>(make: impl Fn() -> H) {
     odd_acks_change_nothing(make()).await;
     what_is_unwritten_becomes_due(make()).await;
     parking_holds_until_something_arms(make()).await;
+    audit::cases(make).await;
 }
 
 async fn pipelined_appends_keep_their_order<H: Harness>(mut harness: H) {
@@ -160,7 +170,7 @@ async fn receipts_are_kept_for_their_time<H: Harness>(mut harness: H) {
     assert_eq!(look(1).await, Ok(Some(open.clone())));
     clock.advance(Duration::from_secs(5));
     let acked = store.ack(vec![settle("bob", epoch, &[(1, 1)], 0)]).await.remove(0).unwrap();
-    let named = SettledMessage { seq: 1, message_id: Uuid::from_u128(1), trace: String::new() };
+    let named = SettledMessage { seq: 1, message_id: Uuid::from_u128(1), accepted_us, trace: String::new() };
     assert_eq!(acked, Acked { mark: 1, messages: vec![named], refused: 0 });
     let settled = Receipt { state: State::Acked, settled_us: clock.now_us(), ..open };
     assert_eq!(look(1).await, Ok(Some(settled)));
@@ -496,5 +506,7 @@ impl<H: Harness> Pair<H> {
             }
         }
         assert_eq!(self.store().stats().await.unwrap().unsettled, unsettled);
+        let inboxes = self.model.values().filter(|inbox| inbox.head() > 0).count();
+        assert_eq!(audit::audit_all(&**self.store()).await, (inboxes, vec![]));
     }
 }

@@ -34,6 +34,7 @@ pub async fn run<T: Transport>(shard: Rc<Shard<T>>, conn: Rc<Connection<T>>, lef
     let mut decoder = Decoder::new();
     if !leftover.is_empty() {
         let mut leftover = leftover;
+        shard.common.metrics.received_bytes.inc_by(leftover.len() as u64);
         on_bytes(&shard, &conn, &mut decoder, &mut leftover);
     }
     poll_fn(|cx| poll(&shard, &conn, &mut decoder, cx)).await;
@@ -129,6 +130,7 @@ fn read<T: Transport>(
         Ok(count) => {
             conn.heard.set(shard.now());
             conn.pinged.set(NEVER);
+            shard.common.metrics.received_bytes.inc_by(count as u64);
             on_bytes(shard, conn, decoder, &mut scratch[..count]);
             ControlFlow::Continue(())
         }

@@ -109,6 +109,7 @@ impl<T: Transport> Shard<T> {
         encode_into(Opcode::Text, &envelope, &mut frames);
         encode_into(Opcode::Ping, &[], &mut frames);
         conn.pinged.set(self.now());
+        self.common.metrics.sent_bytes.inc_by(frames.len() as u64);
         conn.send(&frames.into(), self.now());
         if conn.waiting() > 0 {
             conn.wake();

@@ -13,7 +13,10 @@ use sanjay_protocol::{
     json::{self, Refused},
     token::Capabilities,
 };
-use sanjay_runtime::random::{fraction, uuid_v4, uuid_v7};
+use sanjay_runtime::{
+    metrics::seconds_between,
+    random::{fraction, uuid_v4, uuid_v7},
+};
 use sanjay_websocket::{Opcode, Transport, encode};
 use tracing::Span;
 use uuid::Uuid;
@@ -56,13 +59,23 @@ pub struct Turn<'a, T: Transport> {
     pushes: Vec<Span>,
     /// Where inbox messages come from that the present input has pushed.
     from: Origin,
+    /// Time stamp of an inbox message in `out` whose first hint this is.
+    hinted_us: Option<u64>,
 }
 
 impl<'a, T: Transport> Turn<'a, T> {
     /// Begins a turn; [`Turn::end`] sends what came together.
     pub fn new(shard: &'a Rc<Shard<T>>, conn: &'a Rc<Connection<T>>) -> Self {
         let out = shard.spare.take();
-        Self { shard, conn, out, effects: Vec::new(), pushes: Vec::new(), from: Origin::Hint }
+        Self {
+            shard,
+            conn,
+            out,
+            effects: Vec::new(),
+            pushes: Vec::new(),
+            from: Origin::Hint,
+            hinted_us: None,
+        }
     }
 
     /// A turn with one input.
@@ -230,6 +243,9 @@ impl<'a, T: Transport> Turn<'a, T> {
         self.pushes.extend(spans::push(&mut message, self.from));
         json::encode_inbox(&message, &mut self.out);
         self.shard.common.metrics.inbox_deliveries.inc();
+        if matches!(self.from, Origin::Hint) && message.delivery <= 1 {
+            self.hinted_us = Some(message.time_us);
+        }
         self.shard.milestone(&message.message_id, "written", "1 socket".to_owned());
         if self.conn.report_due.get() == NEVER {
             self.conn.report_due.set(self.after(REPORT_AFTER));
@@ -271,6 +287,10 @@ impl<'a, T: Transport> Turn<'a, T> {
             self.out.clear();
             let wrote = self.shard.deliver(self.conn, &frame);
             spans::pushed(&mut self.pushes, wrote);
+            if let Some(time_us) = self.hinted_us.take() {
+                let common = &self.shard.common;
+                common.metrics.inbox_latency.observe(seconds_between(time_us, common.clock.now_us()));
+            }
         }
     }
 
@@ -354,6 +374,15 @@ impl<T: Transport> Shard<T> {
     /// Writes a frame to a connection. What its socket does not take waits. Fan-out closes a connection for
     /// which too much waits; replies and inbox pages are bounded by themselves.
     pub(super) fn deliver(&self, conn: &Connection<T>, frame: &Bytes) -> Wrote {
+        let wrote = self.hand_to(conn, frame);
+        if wrote != Wrote::Gone {
+            self.common.metrics.sent_bytes.inc_by(frame.len() as u64);
+        }
+        wrote
+    }
+
+    /// Like [`Self::deliver`], for a fan-out, which counts its bytes all together.
+    pub(super) fn hand_to(&self, conn: &Connection<T>, frame: &Bytes) -> Wrote {
         let wrote = conn.send(frame, self.now());
         if wrote == Wrote::Waits {
             conn.wake();

@@ -9,10 +9,11 @@ use sanjay_protocol::{
     event::{Gap, Goaway, Subscribed},
     json,
 };
+use sanjay_runtime::metrics::seconds_between;
 use sanjay_websocket::{Opcode, Transport, encode};
 
 use super::{
-    Shard,
+    Common, Shard,
     effects::Turn,
     hub::{ConnIndex, Missed, Step, Top},
 };
@@ -48,7 +49,11 @@ impl<T: Transport> Shard<T> {
         if let Some(push) = push {
             push.wrote(sockets);
         }
-        self.common.metrics.deliveries.inc_by(sockets as u64);
+        let Common { metrics, clock, .. } = &*self.common;
+        metrics.deliveries.inc_by(sockets as u64);
+        if sockets > 0 {
+            metrics.channel_latency.observe(seconds_between(publication.time_us, clock.now_us()));
+        }
         self.milestone(&publication.message_id, "written", format!("{sockets} sockets"));
     }
 
@@ -233,7 +238,7 @@ impl<T: Transport> Shard<T> {
             // A later connection may have taken the index of one that ended.
             let conn = connections.get(*index as usize).filter(|conn| is_older(conn.key.generation, newest));
             let Some(conn) = conn else { continue };
-            match self.deliver(conn, frame) {
+            match self.hand_to(conn, frame) {
                 Wrote::All => told += 1,
                 Wrote::Waits => {
                     told += 1;
@@ -249,6 +254,7 @@ impl<T: Transport> Shard<T> {
                 Wrote::Gone => {}
             }
         }
+        self.common.metrics.sent_bytes.inc_by((told * frame.len()) as u64);
         told
     }
 }

@@ -114,7 +114,7 @@ pub async fn run(parts: Parts) {
                 tracing::info!(router = id, endpoint = %router, incarnation, "attached to a router");
                 search.attached(&router);
                 ready.set(true);
-                metrics.attached.set(1);
+                metrics.set_attached(true);
                 told_away = false;
                 let began = Instant::now();
                 state.announce();
@@ -122,7 +122,7 @@ pub async fn run(parts: Parts) {
                 let ended = state.serve(&mut requests, outbound, inbound, lost).await;
                 state.detached();
                 ready.set(false);
-                metrics.attached.set(0);
+                metrics.set_attached(false);
                 let why = &ended.why;
                 tracing::warn!(why, endpoint = %router, "the stream to the router ended; attaching again");
                 search.ended(router, &ended, began.elapsed());

@@ -62,7 +62,8 @@ impl Routers {
             lanes: 1,
             connect_timeout: Duration::from_secs(1),
             ready: None,
-            metrics: &PeerMetrics::register(&mut Registry::default(), "edge"),
+            up: None,
+            metrics: &PeerMetrics::register(&mut Registry::default(), "edge", &["router"]),
         };
         let pool = PeerPool::start(options, &context).unwrap();
         Self { addresses, lives, pool, context }

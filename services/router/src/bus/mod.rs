@@ -1,5 +1,6 @@
 //! Port to what carries publications and inbox hints between routers.
 
+pub(crate) mod measured;
 pub mod memory;
 pub mod redis;
 

@@ -7,10 +7,18 @@ use prometheus_client::{
     metrics::{
         counter::Counter,
         family::Family,
+        gauge::Gauge,
         histogram::{Histogram, exponential_buckets},
     },
     registry::Registry,
 };
+use sanjay_runtime::metrics::Dependencies;
+
+/// Everything that is asked of Redis.
+const OPERATIONS: [&str; 16] = [
+    "attach", "close", "collect", "detach", "edge", "expire", "locate", "maintain", "number", "open",
+    "probe", "publish", "renew", "scan", "sweep", "tops",
+];
 
 /// Metrics of the registry in Redis; clones count together.
 #[derive(Debug, Clone)]
@@ -20,6 +28,8 @@ pub(crate) struct RedisMetrics {
     /// Epochs that were opened because a channel was new, idle for too long, or came from another Redis
     /// process.
     pub(crate) epochs: Counter,
+    /// 1 while Redis answers.
+    pub(crate) up: Gauge,
     calls: Family<CallLabels, Counter>,
     seconds: Family<OperationLabels, Histogram, fn() -> Histogram>,
 }
@@ -40,6 +50,7 @@ impl Default for RedisMetrics {
         Self {
             connects: Counter::default(),
             epochs: Counter::default(),
+            up: Gauge::default(),
             calls: Family::default(),
             // 100 µs to about 1.6 s: a call that takes longer is given up.
             seconds: Family::new_with_constructor(|| Histogram::new(exponential_buckets(1e-4, 2.0, 15))),
@@ -49,11 +60,18 @@ impl Default for RedisMetrics {
 
 impl RedisMetrics {
     pub(crate) fn register(registry: &mut Registry) -> Self {
-        let metrics = Self::default();
+        let up = Dependencies::register(registry, "router").of("redis");
+        let metrics = Self { up, ..Self::default() };
         let mut counter =
             |name: &str, help: &str, counter: &Counter| registry.register(name, help, counter.clone());
         counter("router_redis_connects", "Connections made to Redis", &metrics.connects);
         counter("router_epochs_opened", "Channels that began a new sequence", &metrics.epochs);
+        for operation in OPERATIONS {
+            for result in ["ok", "error"] {
+                let _series = metrics.calls.get_or_create(&CallLabels { operation, result });
+            }
+            let _series = metrics.seconds.get_or_create(&OperationLabels { operation });
+        }
         let calls = metrics.calls.clone();
         registry.register("router_redis_calls", "Round trips to Redis by operation and result", calls);
         let seconds = metrics.seconds.clone();
@@ -64,6 +82,8 @@ impl RedisMetrics {
     /// Counts one round trip.
     pub(crate) fn call(&self, operation: &'static str, ok: bool, took: Duration) {
         let result = if ok { "ok" } else { "error" };
+        debug_assert!(OPERATIONS.contains(&operation), "{operation} has no series from the start");
+        self.up.set(ok.into());
         self.calls.get_or_create(&CallLabels { operation, result }).inc();
         self.seconds.get_or_create(&OperationLabels { operation }).observe(took.as_secs_f64());
     }

@@ -1,6 +1,10 @@
 //! `sanjay health`: asks a server whether it accepts work, for scripts and container health checks.
 
-use std::time::Duration;
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    path::PathBuf,
+    time::Duration,
+};
 
 use anyhow::{Context as _, anyhow, bail};
 use http_body_util::{BodyExt, Empty, Limited};
@@ -8,17 +12,30 @@ use hyper::{Request, StatusCode, Uri, body::Bytes, client::conn::http1, header::
 use hyper_util::rt::TokioIo;
 use tokio::{net::TcpStream, time::timeout};
 
-use crate::{output, settings::DataDir};
+use crate::{
+    output,
+    serve::settings::{AdminSettings, layers},
+    settings::DataDir,
+};
 
 const TIMEOUT: Duration = Duration::from_secs(5);
 const MAX_BODY_BYTES: usize = 64 * 1024;
 
+/// The variable with which a server is told where its admin pages are.
+const LISTEN: &str = "SANJAY_ADMIN__LISTEN";
+
 /// Ask a server whether it accepts work: exit code 0 if so, else 1
+///
+/// In a server's own container no address is needed: it is where the server's configuration, or
+/// SANJAY_ADMIN__LISTEN, has it listen. The answer comes within 5 s.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// The server's admin address, such as http://127.0.0.1:8081
     #[arg(long, env = "SANJAY_ADMIN", value_name = "URL")]
     admin: Option<String>,
+    /// The server's configuration file, to ask where `admin.listen` says
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
     #[command(flatten)]
     data_dir: DataDir,
 }
@@ -29,7 +46,13 @@ impl Args {
     /// # Errors
     /// When it is not ready or does not answer.
     pub(crate) async fn run(self) -> anyhow::Result<()> {
-        let admin = self.data_dir.admin(self.admin)?;
+        let admin = match self.admin {
+            None if self.config.is_some() || std::env::var_os(LISTEN).is_some() => {
+                let AdminSettings { admin, .. } = layers(self.config.as_deref())?.load()?;
+                format!("http://{}", reachable(&admin.listen))
+            }
+            given => self.data_dir.admin(given)?,
+        };
         let answer = timeout(TIMEOUT, Box::pin(get(&admin))).await;
         let (status, body) = answer.map_err(|_| anyhow!("{admin} gave no answer within 5 s"))??;
         match status {
@@ -38,6 +61,18 @@ impl Args {
             other => bail!("{admin} answered with HTTP status {}; is it the admin address?", other.as_u16()),
         }
     }
+}
+
+/// Where to call a server of this machine that listens here: one that listens on every address is called on the
+/// loopback.
+fn reachable(listen: &str) -> String {
+    let Ok(mut address) = listen.parse::<SocketAddr>() else { return listen.to_owned() };
+    match address.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => address.set_ip(Ipv4Addr::LOCALHOST.into()),
+        IpAddr::V6(ip) if ip.is_unspecified() => address.set_ip(Ipv6Addr::LOCALHOST.into()),
+        _ => {}
+    }
+    address.to_string()
 }
 
 async fn get(admin: &str) -> anyhow::Result<(StatusCode, String)> {
@@ -64,5 +99,22 @@ async fn get(admin: &str) -> anyhow::Result<(StatusCode, String)> {
         answer = &mut exchange => answer,
         // The connection ends first only when it breaks; what it delivered counts.
         _ = &mut connection => exchange.await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_server_that_listens_everywhere_is_called_on_the_loopback() {
+        for (listen, called) in [
+            ("0.0.0.0:8081", "127.0.0.1:8081"),
+            ("[::]:8081", "[::1]:8081"),
+            ("10.0.0.1:1", "10.0.0.1:1"),
+            ("localhost:8081", "localhost:8081"),
+        ] {
+            assert_eq!(reachable(listen), called);
+        }
     }
 }

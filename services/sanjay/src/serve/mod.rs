@@ -1,10 +1,14 @@
 //! The server side of the binary: settings, secrets, and the wiring of one role or of all three.
 
+pub(crate) mod open_files;
 pub(crate) mod ready;
 pub(crate) mod roles;
 pub(crate) mod secrets;
 pub(crate) mod settings;
 pub(crate) mod standalone;
+
+#[cfg(test)]
+mod metrics_doc;
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
@@ -13,6 +17,7 @@ use prometheus_client::registry::Registry;
 use sanjay_runtime::{
     Context, Lifecycle, OsRandom, Readiness, Secret, SystemClock,
     admin::serve_admin,
+    metrics::{ProcessMetrics, register_build_info},
     net::bind,
     telemetry::{self, Role, TelemetryGuard},
 };
@@ -25,6 +30,15 @@ const SHUTDOWN: Duration = Duration::from_secs(8);
 
 /// How long the last spans have to reach the collector.
 const FLUSH: Duration = Duration::from_secs(2);
+
+/// What the names of all metrics begin with that are not those of any process.
+const PREFIX: &str = "sanjay";
+
+/// Registers what every process measures.
+fn register_process(registry: &mut Registry, roles: impl IntoIterator<Item = &'static str>) {
+    ProcessMetrics::register(registry);
+    register_build_info(registry.sub_registry_with_prefix(PREFIX), env!("CARGO_PKG_VERSION"), roles);
+}
 
 /// Where the configuration comes from, for every server command.
 #[derive(Debug, clap::Args)]
@@ -44,8 +58,7 @@ pub(crate) struct ConfigArgs {
 pub(crate) struct Process {
     /// What roles get.
     pub(crate) context: Context,
-    /// What they register their metrics with.
-    pub(crate) registry: Registry,
+    registry: Registry,
     telemetry: TelemetryGuard,
 }
 
@@ -63,7 +76,14 @@ impl Process {
             readiness: Readiness::new(),
             cluster_key,
         };
-        Ok(Self { context, registry: Registry::with_prefix("sanjay"), telemetry })
+        let mut registry = Registry::default();
+        register_process(&mut registry, roles.iter().map(|role| role.name()));
+        Ok(Self { context, registry, telemetry })
+    }
+
+    /// What a role registers its metrics with.
+    pub(crate) fn metrics(&mut self) -> &mut Registry {
+        self.registry.sub_registry_with_prefix(PREFIX)
     }
 
     /// Serves the admin pages; returns their address.

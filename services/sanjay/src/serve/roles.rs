@@ -4,7 +4,7 @@ use anyhow::Context as _;
 use sanjay_runtime::{net::bind, telemetry::Role};
 
 use super::{
-    ConfigArgs, Process,
+    ConfigArgs, Process, open_files,
     ready::Ready,
     settings::{DeliverySettings, EdgeSettings, RouterSettings, layers},
 };
@@ -65,9 +65,10 @@ impl EdgeArgs {
             .flag("--admin-listen", "admin.listen", self.common.admin_listen.as_ref())
             .load()?;
         let mut process = Process::begin(&settings, settings.cluster.key.clone(), &[Role::Edge])?;
+        open_files::raise_limit(settings.edge.max_connections);
         let listener = bind("clients", "--listen", &settings.edge.listen).await?.into_std()?;
         let address = listener.local_addr().context("the listener has no address")?;
-        sanjay_edge::start(settings.edge, listener, process.context.clone(), &mut process.registry).await?;
+        sanjay_edge::start(settings.edge, listener, process.context.clone(), process.metrics()).await?;
         let ready = Ready { url: Some(format!("ws://{address}/v1/ws")), ..Ready::default() };
         serve(process, &settings.admin.listen, &self.common, ready).await
     }
@@ -86,8 +87,7 @@ impl RouterArgs {
         let mut process = Process::begin(&settings, settings.cluster.key.clone(), &[Role::Router])?;
         let listener = bind("the router", "--router-listen", &settings.router.listen).await?;
         let address = listener.local_addr().context("the listener has no address")?;
-        sanjay_router::start(settings.router, listener, process.context.clone(), &mut process.registry)
-            .await?;
+        sanjay_router::start(settings.router, listener, process.context.clone(), process.metrics()).await?;
         let ready = Ready { router: Some(format!("http://{address}")), ..Ready::default() };
         serve(process, &settings.admin.listen, &self.common, ready).await
     }
@@ -108,7 +108,7 @@ impl DeliveryArgs {
         let mut process = Process::begin(&settings, settings.cluster.key.clone(), &[Role::Delivery])?;
         let listener = bind("back ends and edges", "--delivery-listen", &settings.delivery.listen).await?;
         let address = listener.local_addr().context("the listener has no address")?;
-        sanjay_delivery::start(settings.delivery, listener, process.context.clone(), &mut process.registry)
+        sanjay_delivery::start(settings.delivery, listener, process.context.clone(), process.metrics())
             .await?;
         let ready = Ready { server: Some(format!("http://{address}")), ..Ready::default() };
         serve(process, &settings.admin.listen, &self.common, ready).await

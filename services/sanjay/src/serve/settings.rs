@@ -98,6 +98,20 @@ for_role! {
     DeliverySettings: delivery;
 }
 
+/// Where the admin pages of a server are, whatever its role. Nothing else is looked at.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub(crate) struct AdminSettings {
+    /// Admin pages.
+    pub(crate) admin: Admin,
+}
+
+impl Validate for AdminSettings {
+    fn validate(&self) -> Result<(), ConfigError> {
+        Ok(())
+    }
+}
+
 /// The settings of `standalone`, which makes its own secrets where none are given.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(transparent)]

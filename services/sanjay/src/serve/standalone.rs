@@ -12,7 +12,7 @@ use sanjay_runtime::{Clock, OsRandom, Secret, SystemClock, jwt, net::bind, telem
 use tokio::net::TcpListener;
 
 use super::{
-    ConfigArgs, Process,
+    ConfigArgs, Process, open_files,
     ready::{self, Ready},
     secrets::{Secrets, write_private},
     settings::{Settings, StandaloneSettings, layers},
@@ -83,7 +83,8 @@ impl StandaloneArgs {
 
         let roles = [Role::Edge, Role::Router, Role::Delivery];
         let mut process = Process::begin(&settings, settings.cluster.key.clone(), &roles)?;
-        let (context, registry) = (process.context.clone(), &mut process.registry);
+        open_files::raise_limit(settings.edge.max_connections);
+        let (context, registry) = (process.context.clone(), process.metrics());
         sanjay_router::start(settings.router, listeners.router, context.clone(), registry).await?;
         sanjay_delivery::start(settings.delivery, listeners.delivery, context.clone(), registry).await.with_context(
             || {

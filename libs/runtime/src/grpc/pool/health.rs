@@ -7,7 +7,7 @@ use std::{sync::Weak, time::Duration};
 
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
-use tonic::{Code, transport::Endpoint};
+use tonic::{Code, Request, transport::Endpoint};
 use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
@@ -84,21 +84,23 @@ fn recheck(peer: &Weak<Peer>) -> Option<impl Future<Output = ()> + use<>> {
 
 /// Watches on one connection; says why that ended.
 async fn follow(shared: &Weak<Shared>, peer: &Weak<Peer>, endpoint: &Endpoint) -> String {
-    let Some(service) = shared.upgrade().map(|shared| shared.service) else { return String::new() };
+    let Some((service, key)) = shared.upgrade().map(|shared| (shared.service, shared.key.clone())) else {
+        return String::new();
+    };
     let late = || format!("no answer to a health check within {CHECK_TIMEOUT:?}");
     let channel = match timeout(CHECK_TIMEOUT, endpoint.connect()).await {
         Ok(Ok(channel)) => channel,
         Ok(Err(error)) => return crate::grpc::failure::deepest(&error),
         Err(_) => return format!("cannot be connected to within {CHECK_TIMEOUT:?}"),
     };
-    let request = HealthCheckRequest { service: service.to_owned() };
+    let request = || key.with_health(HealthCheckRequest { service: service.to_owned() });
     let mut client = HealthClient::new(channel);
-    let mut answers = match timeout(CHECK_TIMEOUT, client.watch(request.clone())).await {
+    let mut answers = match timeout(CHECK_TIMEOUT, client.watch(request())).await {
         Ok(Ok(answers)) => answers.into_inner(),
         // A process without the health service says nothing against itself by that (gRPC A17).
         Ok(Err(status)) if status.code() == Code::Unimplemented => {
             note(shared, peer, Rank::Serving, "");
-            return poll(client, request).await;
+            return poll(client, &request).await;
         }
         Ok(Err(status)) => return refused(&status, service),
         Err(_) => return late(),
@@ -119,10 +121,13 @@ async fn follow(shared: &Weak<Shared>, peer: &Weak<Peer>, endpoint: &Endpoint) -
 }
 
 /// Asks a peer that has no health service again and again: only its silence counts.
-async fn poll(mut client: HealthClient<tonic::transport::Channel>, request: HealthCheckRequest) -> String {
+async fn poll(
+    mut client: HealthClient<tonic::transport::Channel>,
+    request: &impl Fn() -> Request<HealthCheckRequest>,
+) -> String {
     loop {
         sleep(CHECK_EVERY).await;
-        match timeout(CHECK_TIMEOUT, client.check(request.clone())).await {
+        match timeout(CHECK_TIMEOUT, client.check(request())).await {
             Ok(Err(status)) if status.code() != Code::Unimplemented => return plain(&status),
             Ok(_) => {}
             Err(_) => return format!("no answer to a health check within {CHECK_TIMEOUT:?}"),

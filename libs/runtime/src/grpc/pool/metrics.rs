@@ -27,17 +27,23 @@ pub struct PeerMetrics {
 }
 
 impl PeerMetrics {
-    /// Makes the metrics and registers them for a role, such as `edge`.
+    /// Makes the metrics and registers them for a role, such as `edge`, that calls `peers`.
     #[must_use]
-    pub fn register(registry: &mut Registry, role: &str) -> Self {
+    pub fn register(registry: &mut Registry, role: &str, peers: &[&'static str]) -> Self {
         let metrics = Self::default();
         let registry = registry.sub_registry_with_prefix(role);
-        registry.register("peers_known", "Addresses that this role may call", metrics.known.clone());
-        registry.register("peers_healthy", "Addresses that say they serve", metrics.healthy.clone());
-        let help = "Times that this role left a peer, or a call of it a peer, for another one";
+        let help = "Addresses of the peers that this role may call";
+        registry.register("peers_known", help, metrics.known.clone());
+        let help = "How many of them say that they serve";
+        registry.register("peers_healthy", help, metrics.healthy.clone());
+        let help = "How often another peer was taken, by the role or by a call of it";
         registry.register("peer_failovers", help, metrics.failovers.clone());
-        let help = "Calls made again on another peer, by outcome";
+        let help = "Calls made again on another peer: answered, failed, or not made because too many calls fail to \
+                    repeat them all (no_budget)";
         registry.register("peer_retries", help, metrics.retries.clone());
+        for peer in peers {
+            metrics.of(peer);
+        }
         metrics
     }
 

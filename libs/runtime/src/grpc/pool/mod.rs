@@ -24,6 +24,7 @@ use std::{
 };
 
 use parking_lot::Mutex;
+use prometheus_client::metrics::gauge::Gauge;
 use tokio::{
     sync::{Notify, watch},
     time::timeout,
@@ -64,6 +65,8 @@ pub struct PoolOptions<'a> {
     /// Raised once some peer serves, and not lowered again: whether a process can do without is for its metrics to
     /// say, since taking it out of a balancer would end what still works.
     pub ready: Option<ReadinessFlag>,
+    /// 1 while some peer serves, 0 while none does.
+    pub up: Option<Gauge>,
     /// Where is counted.
     pub metrics: &'a PeerMetrics,
 }
@@ -96,6 +99,7 @@ struct Shared {
     budget: Budget,
     metrics: PoolMetrics,
     ready: Option<ReadinessFlag>,
+    up: Option<Gauge>,
     /// Held while peers are counted, so that an older count does not replace a newer one.
     counting: Mutex<()>,
     random: SharedRandom,
@@ -147,6 +151,7 @@ impl PeerPool {
             budget: Budget::default(),
             metrics: options.metrics.of(options.peer),
             ready: options.ready,
+            up: options.up,
             counting: Mutex::default(),
             random: Arc::clone(&context.random),
             lifecycle: context.lifecycle.clone(),
@@ -196,6 +201,12 @@ impl PeerPool {
     pub async fn settled(&self) {
         // The sender lives as long as `self`.
         let _ = self.shared.settled.subscribe().wait_for(|settled| *settled).await;
+    }
+
+    /// Whether some peer says that it serves.
+    #[must_use]
+    pub fn is_serving(&self) -> bool {
+        self.shared.peers.borrow().iter().any(|peer| peer.rank() == Rank::Serving)
     }
 
     /// For whoever has just begun a stream on `peer`: waits until it does not serve any more while another one does;
@@ -279,11 +290,15 @@ impl Shared {
 
     /// Notes a peer's health, and says when it changed.
     fn note(&self, peer: &Arc<Peer>, rank: Rank, problem: &str) {
+        let known = peer.problem();
         let before = peer.set(rank, problem);
+        let (kind, name) = (self.kind, peer.to_string());
         if before == rank {
+            if rank == Rank::Down && *known != *problem {
+                tracing::warn!(peer = kind, endpoint = name, problem, "an endpoint is still left out");
+            }
             return;
         }
-        let (kind, name) = (self.kind, peer.to_string());
         match (before, rank) {
             (_, Rank::Down) => {
                 tracing::warn!(peer = kind, endpoint = name, problem, "an endpoint is left out")
@@ -311,6 +326,9 @@ impl Shared {
         let serving = peers.iter().filter(|peer| peer.rank() == Rank::Serving).count();
         self.metrics.known.set(i64::try_from(peers.len()).unwrap_or(i64::MAX));
         self.metrics.healthy.set(i64::try_from(serving).unwrap_or(i64::MAX));
+        if let Some(up) = &self.up {
+            up.set(i64::from(serving > 0));
+        }
         if let Some(ready) = self.ready.as_ref().filter(|_| serving > 0) {
             ready.set(true);
         }

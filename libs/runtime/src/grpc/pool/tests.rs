@@ -20,7 +20,7 @@ use tonic::{Code, Request, Response, Status, service::Routes};
 use super::*;
 use crate::{
     clock::SystemClock,
-    grpc::{cluster_auth, serve},
+    grpc::{ServeOptions, cluster_auth, serve_with},
     random::SeededRandom,
     readiness::Readiness,
     secret::Secret,
@@ -70,7 +70,9 @@ impl Server {
         let (lifecycle, breaks) = (Lifecycle::new(), Arc::new(AtomicBool::new(false)));
         let inbox = Numbered { number, breaks: Arc::clone(&breaks), lifecycle: lifecycle.clone() };
         let routes = Routes::new(InboxServer::with_interceptor(inbox, cluster_auth(&key())));
-        serve("test server", listener, routes, &[SERVICE], &lifecycle).await.unwrap();
+        let (name, health, key) = ("test server", &[SERVICE], Some(cluster_auth(&key())));
+        let options = ServeOptions { name, routes, key, health, reflection: false, serving: None };
+        serve_with(listener, options, &lifecycle).await.unwrap();
         Self { address, lifecycle, breaks }
     }
 
@@ -151,6 +153,7 @@ fn options<'a>(endpoints: &'a Endpoints, metrics: &'a PeerMetrics) -> PoolOption
         lanes: 1,
         connect_timeout: Duration::from_secs(1),
         ready: None,
+        up: None,
         metrics,
     }
 }
@@ -343,6 +346,17 @@ async fn another_role_behind_an_address_is_named() {
     ranks(&pool, &[Rank::Down]).await;
     let problem = pool.peers()[0].problem();
     assert!(problem.contains("does not serve sanjay.router.v1.Router"), "{problem}");
+}
+
+#[tokio::test]
+async fn a_peer_of_another_cluster_is_left_out_and_named() {
+    let context = Context { cluster_key: Secret::new("the key of another cluster"), ..context() };
+    let one = Server::start(1).await;
+    let pool = pool(&[one.address], &context);
+    ranks(&pool, &[Rank::Down]).await;
+    let problem = pool.peers()[0].problem();
+    assert!(problem.contains("cluster key is wrong") && problem.contains("cluster.key"), "{problem}");
+    assert!(!problem.contains("of another cluster"), "{problem}");
 }
 
 #[tokio::test]

@@ -146,6 +146,7 @@ impl Plan {
                 .map(|open| SettledMessage {
                     seq: open.seq,
                     message_id: Uuid::from_bytes(open.id.bytes()),
+                    accepted_us: open.time_us,
                     trace: open.trace.clone(),
                 })
                 .collect();

@@ -120,9 +120,12 @@ pub(super) async fn open(
 }
 
 async fn try_open(location: &Database, options: &StoreOptions, tuning: &Tuning) -> Result<Opened, OpenError> {
-    let unreachable = |error: mongodb::error::Error| OpenError::Unreachable {
-        uri: location.uri.clone(),
-        error: error.to_string(),
+    let unreachable = |error: mongodb::error::Error| match error.to_string() {
+        // So old that the driver does not speak with it, and tells no version.
+        error if error.contains("reports wire version") && error.contains("requires at least") => {
+            OpenError::TooOld { uri: location.uri.clone(), found: "older than 4.4".to_owned() }
+        }
+        error => OpenError::Unreachable { uri: location.uri.clone(), error },
     };
     let mut parsed = client_options(location, &options.metrics).await.map_err(unreachable)?;
     parsed.command_event_handler.clone_from(&tuning.commands);

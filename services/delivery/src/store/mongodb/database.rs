@@ -162,6 +162,19 @@ impl Database {
         self.find(StoreOperation::Claim, &self.inbox, filter, options).await
     }
 
+    /// Finds inboxes for the audit: the first of those whose users' names follow `after`, in the order of the names.
+    pub(super) async fn find_after<T: DeserializeOwned + Send + Sync + Unpin>(
+        &self,
+        after: &str,
+        limit: usize,
+        projection: Document,
+    ) -> Result<Vec<T>, StoreError> {
+        let limit = i64::try_from(limit).unwrap_or(i64::MAX);
+        let options =
+            FindOptions::builder().sort(doc! { "_id": 1 }).limit(limit).projection(projection).build();
+        self.find(StoreOperation::Audit, &self.inbox, doc! { "_id": { "$gt": after } }, options).await
+    }
+
     /// Finds the inboxes of users, without those that have none.
     pub(super) async fn find_inboxes<T: DeserializeOwned + Send + Sync + Unpin>(
         &self,

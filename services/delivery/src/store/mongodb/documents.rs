@@ -259,10 +259,15 @@ impl InboxDoc {
     }
 
     pub(super) fn settled(&self) -> Settled {
-        let pairs = self.settled.chunks_exact(2);
-        let ranges = pairs.map(|pair| (pair[0].cast_unsigned(), pair[1].cast_unsigned())).collect();
-        Settled::new(self.mark.cast_unsigned(), ranges)
+        settled_of(self.mark, &self.settled)
     }
+}
+
+/// What was settled, from its stored form.
+pub(super) fn settled_of(mark: i64, ranges: &[i64]) -> Settled {
+    let pairs = ranges.chunks_exact(2);
+    let ranges = pairs.map(|pair| (pair[0].cast_unsigned(), pair[1].cast_unsigned())).collect();
+    Settled::new(mark.cast_unsigned(), ranges)
 }
 
 /// What was settled, as stored.

@@ -14,7 +14,8 @@ use tokio::time::Instant;
 
 use super::{
     database::{Database, Outcome},
-    documents::date,
+    documents::{InboxDoc, date},
+    reader,
 };
 use crate::{
     metrics::StoreOperation,
@@ -29,6 +30,10 @@ const ALIVE_US: u64 = 10_000_000;
 
 /// For how long a due inbox is left to the node in whose part it is, in microseconds.
 const GRACE_US: u64 = 5_000_000;
+
+/// Most inboxes whose oldest message is looked up beside them for one measurement. For others its age is that of the
+/// oldest in the inbox, which is younger.
+const MAX_LOOKED_BESIDE: usize = 16;
 
 /// Which part of the users this node looks in first.
 pub(super) struct Share {
@@ -191,6 +196,38 @@ async fn find(database: &Database, now_us: u64, part: Part, limit: usize) -> Res
         .limit(i64::try_from(limit).unwrap_or(i64::MAX))
         .build();
     database.find_due(due_filter(now_us, part.from, part.to), options).await
+}
+
+/// When the oldest message was accepted that waits to be written, among the inboxes that are due first and last.
+pub(super) async fn oldest(database: &Database, limit: usize) -> Result<Option<u64>, StoreError> {
+    let fields = doc! {
+        "seq": 1, "mark": 1, "settled": 1, "written": 1, "spilled": 1,
+        "messages.n": 1, "messages.i": 1, "messages.h": 1,
+    };
+    let mut oldest: Option<u64> = None;
+    let mut beside = MAX_LOOKED_BESIDE;
+    for direction in [1, -1] {
+        let options = FindOptions::builder()
+            .sort(doc! { "due": direction })
+            .projection(fields.clone())
+            .limit(i64::try_from(limit).unwrap_or(i64::MAX))
+            .build();
+        let found: Vec<InboxDoc> = database.find_due(doc! { "due": { "$gt": 0_i64 } }, options).await?;
+        for inbox in found {
+            let done = inbox.written.max(inbox.mark).cast_unsigned();
+            let Some(seq) = reader::unsettled(&inbox, done).next() else { continue };
+            let mut message = inbox.messages.iter().find(|message| message.seq() >= seq).cloned();
+            if seq <= inbox.spilled.cast_unsigned() && beside > 0 {
+                beside -= 1;
+                let (bodies, _) = reader::beside(database, &inbox.user, seq, seq).await?;
+                message = bodies.get(&seq).cloned().or(message);
+            }
+            let Some(message) = message else { continue };
+            let accepted_us = message.header()?.time_us;
+            oldest = Some(oldest.map_or(accepted_us, |oldest| oldest.min(accepted_us)));
+        }
+    }
+    Ok(oldest)
 }
 
 /// Says what follows for claimed inboxes.

@@ -7,6 +7,7 @@
 
 mod ack;
 mod append;
+mod audit;
 mod clock;
 mod connect;
 mod database;
@@ -45,8 +46,8 @@ use uuid::Uuid;
 use work::{Ack, Append, Call, Queued, Work};
 
 use super::{
-    Acked, AppendError, Appended, DueInbox, InboxQuery, InboxStore, NewMessage, Page, Rearm, Receipt, Settle,
-    Stats, StoreError, StoreOptions,
+    Acked, AppendError, Appended, AuditPage, DueInbox, InboxQuery, InboxStore, NewMessage, Page, Rearm,
+    Receipt, Settle, Stats, StoreError, StoreOptions,
 };
 
 /// How many groups of writes are under way at once: enough that the server has work for all its cores, and can sync
@@ -129,6 +130,7 @@ impl MongoStore {
         tuning: Tuning,
     ) -> Result<Self, OpenError> {
         let opened = connect::open(location, &options, &tuning).await?;
+        options.metrics.shares_store();
         let clock = match tuning.clock {
             Some(clock) => clock,
             None => server_clock(&opened.client, options.clock.clone()).await,
@@ -336,6 +338,14 @@ impl InboxStore for MongoStore {
         }
         let stats = counted.stats;
         async move { Ok(stats) }.boxed()
+    }
+
+    fn oldest_undelivered(&self, limit: usize) -> BoxFuture<'static, Result<Option<u64>, StoreError>> {
+        self.run(move |database| async move { due::oldest(&database, limit).await })
+    }
+
+    fn audit(&self, after: String, limit: usize) -> BoxFuture<'static, Result<AuditPage, StoreError>> {
+        self.run(move |database| async move { audit::audit(&database, &after, limit).await })
     }
 
     fn clock(&self) -> SharedClock {

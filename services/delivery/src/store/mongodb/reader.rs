@@ -140,7 +140,7 @@ async fn try_page(
 }
 
 /// The unsettled seqs above `after`, ascending.
-fn unsettled(inbox: &InboxDoc, after: u64) -> impl Iterator<Item = u64> + use<> {
+pub(super) fn unsettled(inbox: &InboxDoc, after: u64) -> impl Iterator<Item = u64> + use<> {
     let (settled, head) = (inbox.settled(), inbox.head());
     let mut next = after.max(settled.mark()).saturating_add(1);
     let mut ranges = settled.ranges().to_vec().into_iter().peekable();
@@ -158,7 +158,7 @@ fn unsettled(inbox: &InboxDoc, after: u64) -> impl Iterator<Item = u64> + use<> 
 }
 
 /// Bodies beside the inbox by seq, and whether that is all of them.
-async fn beside(
+pub(super) async fn beside(
     database: &Database,
     user: &str,
     from: u64,

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use ::mongodb::bson::doc;
 use proptest::prelude::*;
 use sanjay_runtime::{
     Secret,
@@ -104,6 +105,16 @@ impl Harness for Case {
 
     async fn reopen(&mut self) -> Arc<dyn InboxStore> {
         Arc::new(self.open().await)
+    }
+
+    async fn lose_body(&mut self, store: Arc<dyn InboxStore>, user: &str, seq: u64) -> Arc<dyn InboxStore> {
+        let Database { inbox, beside, .. } = self.open().await.database.clone();
+        let lose = doc! { "$pull": { "messages": { "n": seq.cast_signed() } } };
+        let inside = inbox.update_one(doc! { "_id": user }, lose.clone()).await.unwrap();
+        let beside =
+            beside.update_many(doc! { "u": user, "messages.n": seq.cast_signed() }, lose).await.unwrap();
+        assert!(inside.modified_count + beside.modified_count > 0, "there was a body {seq}");
+        store
     }
 }
 

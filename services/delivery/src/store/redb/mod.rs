@@ -30,8 +30,8 @@ use uuid::Uuid;
 use writer::{Operation, Queued, Writer};
 
 use super::{
-    Acked, AppendError, Appended, DueInbox, InboxQuery, InboxStore, NewMessage, Page, Rearm, Receipt, Settle,
-    Stats, StoreError, StoreOptions,
+    Acked, AppendError, Appended, AuditPage, DueInbox, InboxQuery, InboxStore, NewMessage, Page, Rearm,
+    Receipt, Settle, Stats, StoreError, StoreOptions,
 };
 
 /// Most operations that wait for the writer.
@@ -253,6 +253,14 @@ impl InboxStore for RedbStore {
 
     fn stats(&self) -> BoxFuture<'static, Result<Stats, StoreError>> {
         self.run(reader::stats)
+    }
+
+    fn oldest_undelivered(&self, limit: usize) -> BoxFuture<'static, Result<Option<u64>, StoreError>> {
+        self.run(move |database| reader::oldest_undelivered(database, limit))
+    }
+
+    fn audit(&self, after: String, limit: usize) -> BoxFuture<'static, Result<AuditPage, StoreError>> {
+        self.run(move |database| reader::audit(database, &after, limit))
     }
 
     fn clock(&self) -> SharedClock {

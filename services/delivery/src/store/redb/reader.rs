@@ -1,5 +1,7 @@
 //! The read side: snapshots of the last commit, never waiting for the writer.
 
+use std::ops::Bound;
+
 use prost::Message as _;
 use redb::{Database, ReadOnlyTable, ReadableDatabase, ReadableTable, ReadableTableMetadata};
 use sanjay_proto::client::v1::InboxMessage;
@@ -9,7 +11,9 @@ use super::tables::{self, InboxRecord, ReceiptRecord};
 use crate::{
     message::State,
     store::{
-        InboxQuery, MAX_PAGE_BYTES, MAX_PAGE_MESSAGES, MAX_READ_BYTES, Page, Receipt, Stats, epoch::epoch,
+        InboxQuery, MAX_PAGE_BYTES, MAX_PAGE_MESSAGES, MAX_READ_BYTES, Page, Receipt, Stats,
+        audit::{self, AuditPage, MAX_AUDITED_BODIES},
+        epoch::epoch,
     },
 };
 
@@ -90,6 +94,63 @@ pub(super) fn anything_due(database: &Database, now_us: u64) -> Result<bool, red
     let due = database.begin_read()?.open_table(tables::DUE)?;
     let first = due.first()?;
     Ok(first.is_some_and(|(key, _)| key.value().0 <= now_us))
+}
+
+/// When the oldest message was accepted that waits to be written, among the inboxes that are due first and last.
+pub(super) fn oldest_undelivered(database: &Database, limit: usize) -> Result<Option<u64>, redb::Error> {
+    let transaction = database.begin_read()?;
+    let due = transaction.open_table(tables::DUE)?;
+    let inboxes = transaction.open_table(tables::INBOXES)?;
+    let bodies = transaction.open_table(tables::BODIES)?;
+    let mut oldest = None;
+    for entry in due.iter()?.take(limit).chain(due.iter()?.rev().take(limit)) {
+        let (key, _) = entry?;
+        let (_, user) = key.value();
+        let Some(bytes) = inboxes.get(user)? else { continue };
+        let record: InboxRecord = tables::decode("inboxes", bytes.value())?;
+        let Some(first) = bodies.range((user, record.done() + 1)..=(user, u64::MAX))?.next() else {
+            continue;
+        };
+        let body: InboxMessage = tables::decode("bodies", first?.1.value())?;
+        oldest = Some(oldest.map_or(body.time_us, |oldest: u64| oldest.min(body.time_us)));
+    }
+    Ok(oldest)
+}
+
+/// Compares inboxes with their bodies, in one snapshot.
+pub(super) fn audit(database: &Database, after: &str, limit: usize) -> Result<AuditPage, redb::Error> {
+    let transaction = database.begin_read()?;
+    let inboxes = transaction.open_table(tables::INBOXES)?;
+    let bodies = transaction.open_table(tables::BODIES)?;
+    let mut page = AuditPage::default();
+    let mut looked_at = 0;
+    let mut last: Option<String> = None;
+    for entry in inboxes.range::<&str>((Bound::Excluded(after), Bound::Unbounded))? {
+        if page.inboxes >= limit || looked_at >= MAX_AUDITED_BODIES {
+            page.next = last;
+            break;
+        }
+        let (user, bytes) = entry?;
+        let user = user.value();
+        let record: InboxRecord = tables::decode("inboxes", bytes.value())?;
+        let mut failed = None;
+        let seqs = bodies.range((user, 0)..=(user, u64::MAX))?.map_while(|entry| match entry {
+            Ok((key, _)) => Some(key.value().1),
+            Err(error) => {
+                failed = Some(error);
+                None
+            }
+        });
+        let seqs = seqs.inspect(|_| looked_at += 1);
+        let finding = audit::compare(record.epoch, record.head, &record.settled(), seqs);
+        if let Some(error) = failed {
+            return Err(error.into());
+        }
+        page.findings.extend(finding);
+        page.inboxes += 1;
+        last = Some(user.to_owned());
+    }
+    Ok(page)
 }
 
 /// How much the tables hold.

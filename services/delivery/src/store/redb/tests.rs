@@ -60,6 +60,17 @@ impl Harness for Redb {
     async fn reopen(&mut self) -> Arc<dyn InboxStore> {
         Arc::new(self.open().await.unwrap())
     }
+
+    async fn lose_body(&mut self, store: Arc<dyn InboxStore>, user: &str, seq: u64) -> Arc<dyn InboxStore> {
+        drop(store);
+        let database = redb::Database::open(self.path()).unwrap();
+        let transaction = database.begin_write().unwrap();
+        let lost = transaction.open_table(tables::BODIES).unwrap().remove((user, seq)).unwrap().is_some();
+        assert!(lost, "there was a body {seq}");
+        transaction.commit().unwrap();
+        drop(database);
+        self.reopen().await
+    }
 }
 
 #[tokio::test]

@@ -248,7 +248,8 @@ impl<'txn> Tables<'txn> {
             self.settled_at.insert((self.now_us, user, message_id.as_u128()), ())?;
             count += 1;
             if report.len() < MAX_REPORTED {
-                report.push(SettledMessage { seq: body.seq, message_id, trace: body.trace });
+                let accepted_us = receipt.accepted_us;
+                report.push(SettledMessage { seq: body.seq, message_id, accepted_us, trace: body.trace });
             }
         }
         Ok(count)

@@ -26,7 +26,7 @@ impl BusMetrics {
     pub(crate) fn register(registry: &mut Registry) -> Self {
         let metrics = Self::default();
         let wanted = metrics.wanted.clone();
-        registry.register("router_bus_wanted_channels", "Channels that the bus was asked for", wanted);
+        registry.register("router_bus_wanted_channels", "Channels that this router asked Redis for", wanted);
         let mut counter =
             |name: &str, help: &str, counter: &Counter| registry.register(name, help, counter.clone());
         counter("router_bus_connects", "Subscriber connections made to Redis", &metrics.connects);
@@ -42,7 +42,7 @@ impl BusMetrics {
         );
         counter(
             "router_bus_overflows",
-            "Messages from Redis that found no room on their way to the fan-out",
+            "Messages from Redis that found no room on their way to the fan-out; they become gaps",
             &metrics.overflows,
         );
         counter(

@@ -40,6 +40,10 @@ const TICKS_A_LOOK: u64 = 10;
 const SILENT_PROBES: u32 = 2;
 const BUSY_PROBES: u32 = 10;
 
+/// Probes in a row that somebody else heard too before that is said: a connection of this router that died may take
+/// so long until Redis drops it.
+const SHARED_PROBES: u32 = 15;
+
 /// Why a session ended.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum SessionError {
@@ -108,6 +112,8 @@ struct Echo {
     waiting: bool,
     /// Probes that did not come back, one after another.
     missing: u32,
+    /// Probes that others heard too, one after another.
+    shared: u32,
 }
 
 impl Echo {
@@ -118,6 +124,12 @@ impl Echo {
         self.missing = if came { 0 } else { self.missing + 1 };
         (self.own, self.messages, self.waiting) = (own, messages, true);
         self.missing < limit
+    }
+
+    /// Takes how many heard a probe. True when others have for long, once.
+    fn is_shared(&mut self, receivers: i64) -> bool {
+        self.shared = if receivers > 1 { self.shared.saturating_add(1) } else { 0 };
+        self.shared == SHARED_PROBES
     }
 }
 
@@ -243,7 +255,15 @@ impl Session {
             Err(error) => return Err(error.into()),
         }
         match receivers {
-            Ok(Value::Int(1..)) => {}
+            Ok(Value::Int(receivers @ 1..)) => {
+                if self.echo.is_shared(receivers) {
+                    tracing::warn!(
+                        name = &*self.shared.own,
+                        "another router has this router's name, so each gets hints that are for the other, and inbox \
+                         messages come late; give each a `router.node` of its own"
+                    );
+                }
+            }
             Ok(_) => return Err(SessionError::Ended),
             Err(error) if error.is_timeout() => return Err(self.silent()),
             Err(error) => return Err(error.into()),
@@ -376,5 +396,8 @@ mod tests {
         assert_eq!(probes(&|_| (0, 0)), 2, "the first was just sent, and two did not come back");
         assert_eq!(probes(&|at| (0, at)), 10, "others' messages come, so it may only be behind");
         assert_eq!(probes(&|at| (at / 2, at / 2)), 100, "one that is late is no two that are missing");
+        let mut echo = Echo::default();
+        let told = |echo: &mut Echo, receivers| (0..50).filter(|_| echo.is_shared(receivers)).count();
+        assert_eq!((told(&mut echo, 2), told(&mut echo, 1), told(&mut echo, 3)), (1, 0, 1));
     }
 }

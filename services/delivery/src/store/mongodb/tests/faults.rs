@@ -199,6 +199,14 @@ async fn a_lost_answer_does_not_double_a_message() {
         proxy.cut_after_request_holding(b"bulkWrite", 0);
         let (appended, ()) = tokio::join!(store.append(case.messages("bob", [id])), async {
             proxy.until_cut().await;
+            // It is there, and its sender does not know.
+            eventually("it was committed", Duration::from_secs(10), async || {
+                let find = doc! { "find": "inbox", "filter": { "_id": "bob", "seq": id as i64 } };
+                let found = mongo.command("lost", find).await;
+                let batch = found.get_document("cursor").unwrap().get_array("firstBatch").unwrap();
+                (!batch.is_empty()).then_some(())
+            })
+            .await;
             proxy.pass();
         });
         assert_eq!(appended[0].as_ref().unwrap().seq, id as u64);

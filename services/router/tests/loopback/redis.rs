@@ -65,6 +65,8 @@ async fn two_routers_share_channels_and_users() {
     for name in ["redis_calls_total{operation=\"publish\",result=\"ok\"}", "epochs_opened_total 0"] {
         assert!(metrics.contains(&format!("sanjay_router_{name}")), "{metrics}");
     }
+    let none = "sanjay_router_redis_calls_total{operation=\"publish\",result=\"ok\"} 0\n";
+    assert!(!metrics.contains(none), "{metrics}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -121,6 +121,21 @@ impl Process {
         assert_eq!(sent, 0, "signal {signal} to {}", self.name);
     }
 
+    /// SIGSTOP, and waits until no thread of the process runs any more: on a busy machine that takes a while, in which
+    /// it would still answer.
+    ///
+    /// # Panics
+    /// When the process has ended, or does not stop.
+    pub fn pause(&mut self) {
+        self.signal(libc::SIGSTOP);
+        let tasks = format!("/proc/{}/task", self.child.id());
+        let began = std::time::Instant::now();
+        while !all_stopped(&tasks) {
+            assert!(began.elapsed() < Duration::from_secs(10), "{} does not stop", self.name);
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
     /// SIGTERM, and waits for the exit.
     ///
     /// # Panics
@@ -186,4 +201,14 @@ impl Addresses {
     pub fn get(&self, field: &str) -> &str {
         self.0[field].as_str().unwrap_or_else(|| panic!("the ready file has no {field}: {}", self.0))
     }
+}
+
+/// Whether every thread listed in a `/proc/PID/task` is stopped.
+fn all_stopped(tasks: &str) -> bool {
+    let stopped = |entry: fs::DirEntry| {
+        // A thread that ended meanwhile runs no more either.
+        let stat = fs::read_to_string(entry.path().join("stat")).unwrap_or_default();
+        stat.rsplit_once(") ").is_none_or(|(_, rest)| rest.starts_with('T'))
+    };
+    fs::read_dir(tasks).is_ok_and(|mut entries| entries.all(|entry| entry.is_ok_and(stopped)))
 }

@@ -247,7 +247,7 @@ impl Cluster {
 
     /// SIGSTOP for one process: its connections stay, and nobody answers.
     pub fn stop(&mut self, node: impl Into<Node>) {
-        self.process(node).signal(libc::SIGSTOP);
+        self.process(node).pause();
     }
 
     /// SIGCONT for one process.

@@ -222,7 +222,7 @@ impl Mongo {
 
     /// SIGSTOP: its connections stay, and nobody answers.
     pub fn stop(&mut self) {
-        self.own_mut().process.signal(libc::SIGSTOP);
+        self.own_mut().process.pause();
     }
 
     /// SIGCONT.

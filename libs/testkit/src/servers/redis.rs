@@ -170,7 +170,7 @@ impl Redis {
 
     /// SIGSTOP: its connections stay, and nobody answers.
     pub fn stop(&mut self) {
-        self.process.signal(libc::SIGSTOP);
+        self.process.pause();
     }
 
     /// SIGCONT.

@@ -132,7 +132,7 @@ impl Process {
         let began = std::time::Instant::now();
         while !all_stopped(&tasks) {
             assert!(began.elapsed() < Duration::from_secs(10), "{} does not stop", self.name);
-            std::thread::sleep(Duration::from_millis(1));
+            std::thread::yield_now();
         }
     }
 

@@ -5,6 +5,7 @@
     reason = "a failure is a failed test, and its output is for whoever looks into it"
 )]
 
+mod attempts;
 mod bad_input;
 mod bad_input_grpc;
 mod bad_tokens;
@@ -15,6 +16,7 @@ mod balancer_strangers;
 mod bench;
 mod cli;
 mod cut_off;
+mod dead_letters;
 mod demo;
 mod failover;
 mod graceful;

@@ -7,10 +7,15 @@ mod jitter;
 mod websocket;
 
 pub use backend::{
-    Accepted, Backend, BackendError, BackendOptions, PendingReply, PublishStream, SendStream, UserResult,
+    Accepted, Backend, BackendError, BackendOptions, PendingReply, PublishStream, RedriveStream, SendStream,
+    UserResult,
 };
 pub use jitter::Jitter;
-pub use sanjay_proto::delivery::v1::{DeliveryState, GetDeliveryResponse, GetTraceResponse};
+pub use sanjay_proto::delivery::v1::{
+    DeadLetter, DeadLetterFilter, DeadReason, DeliveryFailure, DeliveryState, GetDeliveryResponse,
+    GetTraceResponse, ListDeadLettersResponse, PurgeDeadLettersRequest, PurgeDeadLettersResponse,
+    RedriveDeadLettersRequest, RedriveDeadLettersResponse,
+};
 pub use sanjay_protocol as protocol;
 pub use websocket::{
     AckError, Acker, ChannelEvent, Checkpoint, CheckpointError, Client, ClientOptions, ClosedError,

@@ -4,7 +4,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     ErrorBody, ErrorCode, Payload,
-    limits::{MAX_ACK_RANGES, MAX_CREDIT, MAX_SAFE_INTEGER, MAX_TOKEN_BYTES},
+    limits::{
+        MAX_ACK_RANGES, MAX_CREDIT, MAX_NAK_DELAY_MS, MAX_REASON_BYTES, MAX_SAFE_INTEGER, MAX_TOKEN_BYTES,
+    },
     names::{self, NameError},
     payload::PayloadError,
 };
@@ -33,6 +35,12 @@ pub enum Command {
     Publish(Publish),
     /// Settle inbox messages.
     Ack(Ack),
+    /// Have an inbox message delivered again.
+    Nak(Nak),
+    /// Give an inbox message up.
+    Term(Term),
+    /// An inbox message takes longer.
+    Working(Working),
     /// How many inbox messages may be in flight.
     Credit(Credit),
 }
@@ -101,6 +109,42 @@ pub struct Ack {
     pub trace: String,
 }
 
+/// `nak`: this delivery failed; deliver the message again.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Nak {
+    /// The message.
+    pub seq: u64,
+    /// Which delivery of it; another than the newest is ignored.
+    pub delivery: u32,
+    /// Not before so many milliseconds, up to [`MAX_NAK_DELAY_MS`]; the schedule may take longer.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub delay_ms: u32,
+    /// For the record; up to [`MAX_REASON_BYTES`].
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub reason: String,
+}
+
+/// `term`: no delivery of this message will help; it becomes a dead letter.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Term {
+    /// The message.
+    pub seq: u64,
+    /// Which delivery of it; another than the newest is ignored.
+    pub delivery: u32,
+    /// For the record; up to [`MAX_REASON_BYTES`].
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub reason: String,
+}
+
+/// `working`: the ack deadline of this delivery begins anew.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Working {
+    /// The message.
+    pub seq: u64,
+    /// Which delivery of it; another than the newest is ignored.
+    pub delivery: u32,
+}
+
 /// `credit`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Credit {
@@ -155,6 +199,14 @@ impl Command {
                 Ok(publish.payload.check()?)
             }
             Command::Ack(ack) => check_ranges(&ack.ranges).or_else(bad),
+            Command::Nak(nak) if nak.delay_ms > MAX_NAK_DELAY_MS => {
+                bad(format!("delay_ms is {}; 0 to {MAX_NAK_DELAY_MS} are allowed", nak.delay_ms))
+            }
+            Command::Nak(Nak { seq, delivery, reason, .. })
+            | Command::Term(Term { seq, delivery, reason }) => {
+                check_delivery(*seq, *delivery).and_then(|()| check_reason(reason)).or_else(bad)
+            }
+            Command::Working(Working { seq, delivery }) => check_delivery(*seq, *delivery).or_else(bad),
             Command::Credit(Credit { n }) if *n == 0 || *n > MAX_CREDIT => {
                 bad(format!("n is {n}; 1 to {MAX_CREDIT} are allowed"))
             }
@@ -173,4 +225,29 @@ fn check_ranges(ranges: &[(u64, u64)]) -> Result<(), String> {
         }
         None => Ok(()),
     }
+}
+
+fn check_delivery(seq: u64, delivery: u32) -> Result<(), String> {
+    if seq == 0 || seq > MAX_SAFE_INTEGER {
+        return Err(format!("seq is {seq}; it is the seq of an inbox message, from 1 to 2⁵³ − 1"));
+    }
+    if delivery == 0 {
+        return Err("delivery is 0; give back the delivery that the inbox message had, from 1".to_owned());
+    }
+    Ok(())
+}
+
+fn check_reason(reason: &str) -> Result<(), String> {
+    if reason.len() > MAX_REASON_BYTES {
+        return Err(format!("reason has {} bytes; at most {MAX_REASON_BYTES} are allowed", reason.len()));
+    }
+    match reason.chars().find(|c| c.is_control()) {
+        Some(c) => Err(format!("reason has the control character {:?}; leave those out", c)),
+        None => Ok(()),
+    }
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+fn is_zero(n: &u32) -> bool {
+    *n == 0
 }

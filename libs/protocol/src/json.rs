@@ -60,10 +60,13 @@ fn decode_command(line: &str) -> Result<Envelope, Refused> {
             "unsubscribe" => parse(&name, raw).map(Command::Unsubscribe),
             "publish" => parse(&name, raw).map(Command::Publish),
             "ack" => parse(&name, raw).map(Command::Ack),
+            "nak" => parse(&name, raw).map(Command::Nak),
+            "term" => parse(&name, raw).map(Command::Term),
+            "working" => parse(&name, raw).map(Command::Working),
             "credit" => parse(&name, raw).map(Command::Credit),
             _ => {
                 let name: String = name.chars().filter(|c| !c.is_control()).take(40).collect();
-                let known = "hello, subscribe, unsubscribe, publish, ack, credit";
+                let known = "hello, subscribe, unsubscribe, publish, ack, nak, term, working, credit";
                 return Err(refuse(
                     ErrorCode::UnknownCommand,
                     format!("unknown command \"{name}\"; known are {known}"),
@@ -183,6 +186,9 @@ impl Serialize for Envelope {
             Command::Unsubscribe(body) => map.serialize_entry("unsubscribe", body)?,
             Command::Publish(body) => map.serialize_entry("publish", body)?,
             Command::Ack(body) => map.serialize_entry("ack", body)?,
+            Command::Nak(body) => map.serialize_entry("nak", body)?,
+            Command::Term(body) => map.serialize_entry("term", body)?,
+            Command::Working(body) => map.serialize_entry("working", body)?,
             Command::Credit(body) => map.serialize_entry("credit", body)?,
         }
         map.end()

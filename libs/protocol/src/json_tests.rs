@@ -2,8 +2,9 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::{
-    command::{Ack, Publish},
+    command::{Ack, Nak, Publish, Term, Working},
     event::{Empty, Inbox},
+    limits::MAX_NAK_DELAY_MS,
 };
 
 #[derive(Deserialize)]
@@ -136,10 +137,14 @@ proptest! {
     fn a_command_survives_the_wire(
         id in prop::option::of(0..1u64 << 53), channel in "[a-z:]{1,40}", payload in payloads(),
         ranges in prop::collection::vec((1..1000u64).prop_map(|from| (from, from + 3)), 1..8),
-        trace in "([0-9a-f-]{55})?",
+        trace in "([0-9a-f-]{55})?", seq in 1..1u64 << 53, delivery in 1..u32::MAX,
+        delay_ms in 0..=MAX_NAK_DELAY_MS, reason in "[^\\pC]{0,50}",
     ) {
         let publish = Command::Publish(Publish { channel, payload, dedupe: String::new() });
-        for command in [publish, Command::Ack(Ack { ranges, trace })] {
+        let nak = Command::Nak(Nak { seq, delivery, delay_ms, reason: reason.clone() });
+        let term = Command::Term(Term { seq, delivery, reason });
+        let working = Command::Working(Working { seq, delivery });
+        for command in [publish, Command::Ack(Ack { ranges, trace }), nak, term, working] {
             let envelope = Envelope { id, command };
             let text = serde_json::to_string(&envelope).unwrap();
             prop_assert_eq!(decode_commands(&text).collect::<Vec<_>>(), vec![Ok(envelope)]);

@@ -23,6 +23,12 @@ pub const MAX_CREDIT: u32 = 256;
 /// Most ranges in one `ack`.
 pub const MAX_ACK_RANGES: usize = 256;
 
+/// Longest delay of a `nak` in milliseconds: a day. What should come later is better sent later.
+pub const MAX_NAK_DELAY_MS: u32 = 24 * 60 * 60 * 1_000;
+
+/// Longest reason of a `nak` or `term` in bytes: it is kept with each failed attempt of a message.
+pub const MAX_REASON_BYTES: usize = 200;
+
 /// Most commands of a connection that wait for an answer; further input is not read until one is answered.
 pub const MAX_OUTSTANDING_COMMANDS: usize = 32;
 

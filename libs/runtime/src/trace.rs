@@ -5,11 +5,11 @@
 //! one for a message whose `traceparent` is not sampled ([`is_sampled`] looks at two characters): it travels on as
 //! it is.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 pub use opentelemetry::Value;
 use opentelemetry::{
-    Context,
+    Context, KeyValue,
     trace::{SpanContext, SpanId, Status, TraceContextExt, TraceFlags, TraceId, TraceState},
 };
 use tonic::metadata::{MetadataMap, MetadataValue};
@@ -96,6 +96,18 @@ pub fn fail(span: &Span, code: &'static str) {
 /// Whether a message is recorded is sometimes known only when the work on it is done.
 pub fn under_way(span: &Span, since: Duration) {
     span.set_attribute(UNDER_WAY, i64::try_from(since.as_micros()).unwrap_or(i64::MAX));
+}
+
+/// Adds to `span` something that happened at `time_us`, Unix time in microseconds.
+pub fn event<const N: usize>(
+    span: &Span,
+    name: &'static str,
+    time_us: u64,
+    attributes: [(&'static str, Value); N],
+) {
+    let time = SystemTime::UNIX_EPOCH + Duration::from_micros(time_us);
+    let attributes = attributes.into_iter().map(|(key, value)| KeyValue::new(key, value)).collect();
+    span.add_event_with_timestamp(name, time, attributes);
 }
 
 /// A count as an attribute.

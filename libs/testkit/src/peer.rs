@@ -223,6 +223,35 @@ impl Peer {
         assert!(answer["ok"].is_object(), "not acknowledged: {answer}");
     }
 
+    /// Gives a delivery back, and waits until that is durable. It comes again, not before `delay_ms`.
+    ///
+    /// # Panics
+    /// When it is refused.
+    pub async fn nak(&mut self, seq: u64, delivery: u64, delay_ms: u64) {
+        let nak = json!({ "seq": seq, "delivery": delivery, "delay_ms": delay_ms, "reason": "told to" });
+        let answer = self.call(json!({ "nak": nak })).await;
+        assert!(answer["ok"].is_object(), "not given back: {answer}");
+    }
+
+    /// Gives a message up, and waits until that is durable.
+    ///
+    /// # Panics
+    /// When it is refused.
+    pub async fn term(&mut self, seq: u64, delivery: u64) {
+        let term = json!({ "seq": seq, "delivery": delivery, "reason": "told to" });
+        let answer = self.call(json!({ "term": term })).await;
+        assert!(answer["ok"].is_object(), "not given up: {answer}");
+    }
+
+    /// Begins the ack deadline of a delivery anew.
+    ///
+    /// # Panics
+    /// When it is refused.
+    pub async fn working(&mut self, seq: u64, delivery: u64) {
+        let answer = self.call(json!({ "working": { "seq": seq, "delivery": delivery } })).await;
+        assert!(answer["ok"].is_object(), "not extended: {answer}");
+    }
+
     /// Whether anything has arrived by the time that the server answered a ping.
     ///
     /// # Panics

@@ -108,6 +108,7 @@ async fn open(location: &str) -> anyhow::Result<Arc<dyn InboxStore>> {
     let options = StoreOptions {
         on_commit: Arc::new(()),
         max_unsettled: 10_000_000,
+        max_attempts: 8,
         clock: Arc::new(SystemClock),
         random: Arc::new(OsRandom),
         metrics: Metrics::register(&mut Registry::default()),
@@ -122,6 +123,7 @@ async fn serve(store: String, context: Context) -> anyhow::Result<Channel> {
         store,
         api_keys: vec![ApiKey { name: "bench".into(), sha256: hash_api_key("bench") }],
         max_unsettled: 10_000_000,
+        max_attempts: 8,
         // Nobody listens there: hints are dropped, which costs little beside the commits.
         router: "http://127.0.0.1:1".into(),
         ..Config::default()

@@ -16,6 +16,7 @@ use crate::{
     audit::Audit,
     auth::ApiKeys,
     config::Config,
+    dead::DeadLetters,
     grpc::{BackendApi, EdgeApi},
     inbox::{Committed, Inbox},
     metrics::{Metrics, PEERS},
@@ -59,6 +60,7 @@ pub async fn start(
     let options = StoreOptions {
         on_commit: Arc::new(Committed { relay: relay_queue, ring: ring.clone() }),
         max_unsettled: config.max_unsettled,
+        max_attempts: config.max_attempts,
         clock: context.clock.clone(),
         random: context.random.clone(),
         metrics: metrics.clone(),
@@ -101,8 +103,17 @@ pub async fn start(
         random: context.random.clone(),
         metrics: metrics.clone(),
     };
+    let dead_letters = DeadLetters {
+        store: store.clone(),
+        ring: ring.clone(),
+        recipients: recipients.clone(),
+        clock: context.clock.clone(),
+        random: context.random.clone(),
+        metrics: metrics.clone(),
+    };
     let backend = BackendApi {
         inbox: inbox.clone(),
+        dead_letters,
         publisher,
         paths: Paths { ring, recipients, store, router },
         metrics,

@@ -10,8 +10,8 @@ use super::*;
 use crate::{
     metrics,
     store::{
-        Acked, AppendError, Appended, AuditPage, DueInbox, InboxQuery, NewMessage, Page, Rearm, Receipt,
-        Settle, Stats,
+        Acked, AppendError, Appended, AuditPage, DeadFilter, DeadLetter, DeadPage, DeadPosition, DueInbox,
+        InboxQuery, NewMessage, Page, Rearm, Receipt, Settle, Stats,
     },
 };
 
@@ -66,6 +66,27 @@ impl InboxStore for Inboxes {
 
     fn lookup(&self, _: String, _: Uuid) -> BoxFuture<'static, Result<Option<Receipt>, StoreError>> {
         unreachable!("the audit looks nothing up")
+    }
+
+    fn dead_letters(
+        &self,
+        _: DeadFilter,
+        _: Option<DeadPosition>,
+        _: usize,
+    ) -> BoxFuture<'static, Result<DeadPage, StoreError>> {
+        unreachable!("the audit looks at no dead letters")
+    }
+
+    fn dead_letter(&self, _: String, _: Uuid) -> BoxFuture<'static, Result<Option<DeadLetter>, StoreError>> {
+        unreachable!("the audit looks at no dead letters")
+    }
+
+    fn redriven(&self, _: String, _: Uuid, _: Uuid) -> BoxFuture<'static, Result<bool, StoreError>> {
+        unreachable!("the audit redrives nothing")
+    }
+
+    fn purge(&self, _: Vec<(String, Uuid)>) -> BoxFuture<'static, Result<u64, StoreError>> {
+        unreachable!("the audit removes nothing")
     }
 
     fn arm(&self, _: Vec<String>) {}

@@ -36,6 +36,8 @@ pub struct Config {
     pub reflection: bool,
     /// Most unsettled messages of one inbox, 1 to 10,000,000.
     pub max_unsettled: u64,
+    /// How many deliveries of a message may fail before it becomes a dead letter, 1 to 100.
+    pub max_attempts: u32,
     /// How long a call may take before it is answered with `unavailable`, in milliseconds, 100 to 60,000.
     pub call_timeout_ms: u64,
 }
@@ -51,6 +53,7 @@ impl Default for Config {
             api_keys: Vec::new(),
             reflection: true,
             max_unsettled: 100_000,
+            max_attempts: 8,
             call_timeout_ms: 5_000,
         }
     }
@@ -111,6 +114,10 @@ impl Validate for Config {
             let problem = format!("is {}, out of bounds", self.max_unsettled);
             return error("max_unsettled", problem, "set it between 1 and 10000000");
         }
+        if !(1..=100).contains(&self.max_attempts) {
+            let problem = format!("is {}, out of bounds", self.max_attempts);
+            return error("max_attempts", problem, "set it between 1 and 100");
+        }
         if !(100..=60_000).contains(&self.call_timeout_ms) {
             let problem = format!("is {}, out of bounds", self.call_timeout_ms);
             return error("call_timeout_ms", problem, "set it between 100 and 60000");
@@ -152,7 +159,7 @@ mod tests {
         let key = |name: &str, sha256: &str| ApiKey { name: name.into(), sha256: sha256.into() };
         let good = crate::hash_api_key("k");
         type Change = Box<dyn Fn(&mut Config)>;
-        let cases: [(&str, Change); 12] = [
+        let cases: [(&str, Change); 14] = [
             ("delivery.store", Box::new(|c| c.store = "mongo".into())),
             ("delivery.store", Box::new(|c| c.store = "mongodb://a:1".into())),
             ("delivery.store", Box::new(|c| c.store = "mongodb://bob:hunter2@a:1/db".into())),
@@ -171,6 +178,8 @@ mod tests {
             ),
             ("delivery.router", Box::new(|c| c.router = "localhost:8083".into())),
             ("delivery.max_unsettled", Box::new(|c| c.max_unsettled = 0)),
+            ("delivery.max_attempts", Box::new(|c| c.max_attempts = 0)),
+            ("delivery.max_attempts", Box::new(|c| c.max_attempts = 101)),
             ("delivery.call_timeout_ms", Box::new(|c| c.call_timeout_ms = 1)),
             ("delivery.api_keys[0].name", Box::new(move |c| c.api_keys = vec![key("", "")])),
             ("delivery.api_keys[0].sha256", Box::new(move |c| c.api_keys = vec![key("a", "12")])),

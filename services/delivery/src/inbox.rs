@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use futures::{FutureExt, future::BoxFuture};
+use futures::{FutureExt, StreamExt, future::BoxFuture, stream};
 use sanjay_proto::{client::v1::Payload, edge::v1::Milestone};
 use sanjay_protocol::ErrorCode;
 use sanjay_runtime::{
@@ -18,14 +18,17 @@ use uuid::Uuid;
 
 use crate::{
     metrics::Metrics,
-    path::{Recipients, SERVICE, recipient},
+    path::{Recipients, SERVICE, attempt, recipient},
     relay::{Hint, RelayQueue},
     spans::{self, AckTrace},
     store::{
-        Acked, AppendError, Appended, CommitSink, InboxQuery, InboxStore, NewMessage, Page, Receipt, Settle,
-        StoreError,
+        Acked, AppendError, Appended, CommitSink, DeadFilter, Failure, InboxQuery, InboxStore, NewMessage,
+        Page, Receipt, Settle, StoreError, Verdict,
     },
 };
+
+/// Most lists of dead letters of one call of an edge that are read at once.
+const MAX_LOOKS: usize = 16;
 
 /// What a back end sends; checked.
 #[derive(Debug)]
@@ -163,7 +166,7 @@ impl Inbox {
             Ok(appended) => {
                 self.metrics.send("ok");
                 self.metrics.appended(appended.duplicate);
-                self.recipients.learn(appended.message_id, &Arc::from(user));
+                self.recipients.learn(appended.message_id, &Arc::from(user), appended.seq);
             }
             Err(error) => self.metrics.send(error.code().as_str()),
         }
@@ -180,7 +183,7 @@ impl Inbox {
             for message in &page.messages {
                 self.ring.record(&message.message_id, "read", recipient(user, message.seq));
                 if let Ok(message_id) = Uuid::from_slice(&message.message_id) {
-                    self.recipients.learn(message_id, user);
+                    self.recipients.learn(message_id, user, message.seq);
                 }
             }
             if !page.messages.is_empty() {
@@ -194,8 +197,8 @@ impl Inbox {
         pages
     }
 
-    /// Settles messages and notes what was written, in the order of the entries; `traces` has what came back with
-    /// each of them.
+    /// Settles messages and notes what was written and what failed, in the order of the entries; `traces` has what came
+    /// back with each of them.
     pub(crate) async fn ack(
         &self,
         settles: Vec<Settle>,
@@ -204,21 +207,77 @@ impl Inbox {
     ) -> Vec<Result<Acked, StoreError>> {
         self.ring.absorb(reported);
         let users: Vec<Arc<str>> = settles.iter().map(|settle| Arc::from(settle.user.as_str())).collect();
+        let failures: Vec<Vec<Failure>> = settles.iter().map(|settle| settle.failed.clone()).collect();
         let began = Instant::now();
         let results = self.store.ack(settles).await;
         let now_us = self.clock.now_us();
-        for ((user, trace), result) in users.iter().zip(&traces).zip(&results) {
+        let mut deaths = Vec::new();
+        for (((user, trace), result), failures) in users.iter().zip(&traces).zip(&results).zip(failures) {
             let Ok(acked) = result else { continue };
+            deaths.extend(self.failed(user, &failures, &acked.failed));
             self.metrics.acked(acked.messages.len());
             spans::settled(&acked.messages, trace, began.elapsed());
             for message in &acked.messages {
                 self.metrics.settled(message.accepted_us, now_us);
                 let message_id = message.message_id;
                 self.ring.record(message_id.as_bytes(), "acked", recipient(user, message.seq));
-                self.recipients.learn(message_id, user);
+                self.recipients.learn(message_id, user, message.seq);
             }
         }
+        let looks = stream::iter(deaths);
+        looks.for_each_concurrent(MAX_LOOKS, |(filter, count)| self.died(filter, count, began)).await;
         results
+    }
+
+    /// Counts and remembers what became of failed attempts of one inbox; `taken` says which of them were noted. Gives
+    /// the dead letters that came of them, and how many there are.
+    fn failed(
+        &self,
+        user: &Arc<str>,
+        failures: &[Failure],
+        taken: &[(u64, Verdict)],
+    ) -> Option<(DeadFilter, usize)> {
+        let mut deaths = Vec::new();
+        for (seq, verdict) in taken {
+            let Some(failure) = failures.iter().find(|failure| failure.seq == *seq) else { continue };
+            match verdict {
+                Verdict::Again(_) => {}
+                Verdict::Dead(reason) => {
+                    self.metrics.dead(*reason);
+                    deaths.push(failure.time_us);
+                }
+                Verdict::Full => {
+                    self.metrics.failure_lost();
+                    continue;
+                }
+            }
+            self.metrics.failed(failure.kind);
+            if let Some(message_id) = self.recipients.at(user, *seq) {
+                self.ring.record(message_id.as_bytes(), "failed", attempt(failure));
+            }
+        }
+        let filter = DeadFilter {
+            user: Some(user.to_string()),
+            from_us: Some(*deaths.iter().min()?),
+            to_us: Some(deaths.iter().max()? + 1),
+            ..DeadFilter::default()
+        };
+        Some((filter, deaths.len()))
+    }
+
+    /// Remembers messages that just became dead letters. It reads the letters: what is known of a message is there, and
+    /// nowhere else any more.
+    async fn died(&self, filter: DeadFilter, count: usize, began: Instant) {
+        let letters = match self.store.dead_letters(filter, None, count).await {
+            Ok(page) => page.letters,
+            Err(error) => return tracing::debug!(%error, "what died was not looked at"),
+        };
+        for letter in letters {
+            spans::died(&letter, began.elapsed());
+            let detail = format!("{}, {}", recipient(&letter.user, letter.seq), letter.reason.as_str());
+            self.ring.record(letter.message_id.as_bytes(), "dead", detail);
+            self.recipients.learn(letter.message_id, &Arc::from(letter.user.as_str()), letter.seq);
+        }
     }
 
     /// The record of a message.

@@ -22,7 +22,10 @@ use sanjay_runtime::{
     metrics::{Dependencies, Timer, latency, seconds_between},
 };
 
-use crate::relay::Outcome;
+use crate::{
+    relay::Outcome,
+    store::{DeadReason, FailureKind},
+};
 
 /// The role that a delivery node calls, as its peers' metrics name it.
 pub(crate) const PEERS: [&str; 1] = ["router"];
@@ -51,6 +54,16 @@ struct OutcomeLabel {
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct OperationLabel {
     operation: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct KindLabel {
+    kind: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ReasonLabel {
+    reason: &'static str,
 }
 
 /// A kind of call to a shared store.
@@ -109,6 +122,11 @@ pub struct Metrics {
     /// The counters of `relays`, by [`Outcome`].
     relayed: Arc<[Counter; 5]>,
     redeliveries: Counter,
+    failures: Family<KindLabel, Counter>,
+    failures_lost: Counter,
+    dead: Family<ReasonLabel, Counter>,
+    redriven: Counter,
+    dead_letters: Gauge,
     armed: Gauge,
     unsettled: Gauge,
     oldest_undelivered: Gauge<f64, AtomicU64>,
@@ -150,6 +168,11 @@ impl Metrics {
             relays,
             relayed: Arc::new(relayed),
             redeliveries: Counter::default(),
+            failures: Family::default(),
+            failures_lost: Counter::default(),
+            dead: Family::default(),
+            redriven: Counter::default(),
+            dead_letters: Gauge::default(),
             armed: Gauge::default(),
             unsettled: Gauge::default(),
             oldest_undelivered: Gauge::default(),
@@ -168,6 +191,7 @@ impl Metrics {
         };
         metrics.register_calls(registry);
         metrics.register_inboxes(registry);
+        metrics.register_failures(registry);
         metrics.register_store(registry);
         metrics.register_shared_store(registry);
         metrics
@@ -218,6 +242,25 @@ impl Metrics {
         registry.register_with_unit("delivery_audit_difference", help, messages, difference);
         let help = "Inboxes that the audit looked at; a round takes a minute to an hour";
         registry.register("delivery_audit_inboxes", help, self.audit_inboxes.clone());
+    }
+
+    fn register_failures(&self, registry: &mut Registry) {
+        for kind in [FailureKind::Nak(Duration::ZERO), FailureKind::Deadline, FailureKind::Term] {
+            let _series = self.failures.get_or_create(&KindLabel { kind: kind.as_str() });
+        }
+        for reason in DeadReason::ALL {
+            let _series = self.dead.get_or_create(&ReasonLabel { reason: reason.as_str() });
+        }
+        let help = "Failed attempts to deliver a message, by kind";
+        registry.register("delivery_failed_attempts", help, self.failures.clone());
+        let help = "Failed attempts that were not noted: their inboxes know of too many";
+        registry.register("delivery_failures_not_noted", help, self.failures_lost.clone());
+        registry.register("delivery_dead_letters", "Messages that became dead letters", self.dead.clone());
+        let help = "Dead letters that were sent again";
+        registry.register("delivery_redriven", help, self.redriven.clone());
+        // A name of its own: a gauge and a counter of one name are one family twice.
+        let help = "Dead letters in the store, those that were sent again included";
+        registry.register("delivery_kept_dead_letters", help, self.dead_letters.clone());
     }
 
     fn register_store(&self, registry: &mut Registry) {
@@ -303,6 +346,26 @@ impl Metrics {
         self.settle_latency.observe(seconds_between(accepted_us, now_us));
     }
 
+    /// An attempt failed, and that is noted.
+    pub(crate) fn failed(&self, kind: FailureKind) {
+        self.failures.get_or_create(&KindLabel { kind: kind.as_str() }).inc();
+    }
+
+    /// An attempt failed, and there was no room to note it.
+    pub(crate) fn failure_lost(&self) {
+        self.failures_lost.inc();
+    }
+
+    /// A message became a dead letter.
+    pub(crate) fn dead(&self, reason: DeadReason) {
+        self.dead.get_or_create(&ReasonLabel { reason: reason.as_str() }).inc();
+    }
+
+    /// A dead letter was sent again.
+    pub(crate) fn redriven(&self) {
+        self.redriven.inc();
+    }
+
     /// Pages were read for an edge.
     pub(crate) fn reads(&self, count: usize) {
         self.reads.inc_by(count as u64);
@@ -322,6 +385,7 @@ impl Metrics {
     pub(crate) fn store(&self, stats: crate::store::Stats) {
         self.armed.set(i64::try_from(stats.armed).unwrap_or(i64::MAX));
         self.unsettled.set(i64::try_from(stats.unsettled).unwrap_or(i64::MAX));
+        self.dead_letters.set(i64::try_from(stats.dead_letters).unwrap_or(i64::MAX));
     }
 
     /// When the oldest undelivered message was accepted, if there is one; both Unix time in microseconds.

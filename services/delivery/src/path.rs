@@ -11,8 +11,9 @@ use sanjay_runtime::milestones::MilestoneRing;
 use uuid::Uuid;
 
 use crate::{
+    message::State,
     router::Router,
-    store::{InboxStore, Receipt},
+    store::{DeadLetter, Failure, InboxStore, Receipt, StoreError},
 };
 
 /// Of how many recent messages the user is remembered.
@@ -21,32 +22,50 @@ const MAX_KNOWN: usize = 65_536;
 /// This service's name in milestones.
 pub(crate) const SERVICE: &str = "delivery";
 
-/// Which user a recent message belongs to: a milestone names the message alone, but the store is asked by user.
+/// Where recent messages are: a milestone names the message alone, but the store is asked by user, and a failed attempt
+/// names user and seq.
 #[derive(Default)]
 pub(crate) struct Recipients(Mutex<Known>);
 
+/// A user and a seq in its inbox.
+type Place = (Arc<str>, u64);
+
 #[derive(Default)]
 struct Known {
-    users: HashMap<Uuid, Arc<str>>,
+    places: HashMap<Uuid, Place>,
+    ids: HashMap<Place, Uuid>,
     order: VecDeque<Uuid>,
 }
 
 impl Recipients {
-    /// Remembers whose message this is; the oldest of [`MAX_KNOWN`] is forgotten.
-    pub(crate) fn learn(&self, message_id: Uuid, user: &Arc<str>) {
+    /// Remembers where this message is; the oldest of [`MAX_KNOWN`] is forgotten.
+    pub(crate) fn learn(&self, message_id: Uuid, user: &Arc<str>, seq: u64) {
         let mut known = self.0.lock();
-        if known.users.insert(message_id, user.clone()).is_none() {
-            known.order.push_back(message_id);
+        if known.places.contains_key(&message_id) {
+            return;
         }
+        let place = (user.clone(), seq);
+        known.ids.insert(place.clone(), message_id);
+        known.places.insert(message_id, place);
+        known.order.push_back(message_id);
         if known.order.len() > MAX_KNOWN
             && let Some(oldest) = known.order.pop_front()
+            && let Some(place) = known.places.remove(&oldest)
         {
-            known.users.remove(&oldest);
+            // A database that was put back gives seqs out anew.
+            if known.ids.get(&place) == Some(&oldest) {
+                known.ids.remove(&place);
+            }
         }
     }
 
+    /// The message at this place, when it is remembered.
+    pub(crate) fn at(&self, user: &Arc<str>, seq: u64) -> Option<Uuid> {
+        self.0.lock().ids.get(&(user.clone(), seq)).copied()
+    }
+
     fn of(&self, message_id: Uuid) -> Option<Arc<str>> {
-        self.0.lock().users.get(&message_id).cloned()
+        self.0.lock().places.get(&message_id).map(|(user, _)| user.clone())
     }
 }
 
@@ -79,12 +98,14 @@ impl Paths {
         }
         if let Some(user) = self.recipients.of(message_id) {
             match self.store.lookup(user.to_string(), message_id).await {
-                Ok(Some(receipt)) => add_receipt(&mut path.milestones, message_id, &user, &receipt),
-                Ok(None) => {}
-                Err(error) => {
-                    tracing::debug!(%error, "the store was not asked for a trace");
-                    path.missing.push("store".to_owned());
+                Ok(Some(receipt)) => {
+                    add_receipt(&mut path.milestones, message_id, &user, &receipt);
+                    if receipt.state == State::Dead {
+                        self.add_letter(&mut path, user.to_string(), message_id).await;
+                    }
                 }
+                Ok(None) => {}
+                Err(error) => not_asked(&mut path, &error),
             }
         }
         path.milestones.sort_by(|a, b| {
@@ -94,6 +115,48 @@ impl Paths {
         // A newer edge may report to the router and to this node.
         path.milestones.dedup();
         path
+    }
+
+    /// Adds the failed attempts of a dead message.
+    async fn add_letter(&self, path: &mut Path, user: String, message_id: Uuid) {
+        match self.store.dead_letter(user, message_id).await {
+            Ok(Some(letter)) => add_failures(&mut path.milestones, &letter),
+            Ok(None) => {}
+            Err(error) => not_asked(path, &error),
+        }
+    }
+}
+
+fn not_asked(path: &mut Path, error: &StoreError) {
+    tracing::debug!(%error, "the store was not asked for a trace");
+    path.missing.push("store".to_owned());
+}
+
+/// How a milestone tells a failed attempt.
+pub(crate) fn attempt(failure: &Failure) -> String {
+    let Failure { delivery, kind, reason, .. } = failure;
+    let kind = kind.as_str();
+    if reason.is_empty() {
+        format!("delivery {delivery}, {kind}")
+    } else {
+        format!("delivery {delivery}, {kind}: {reason}")
+    }
+}
+
+/// Adds the failed attempts of a dead message that the ring has forgotten.
+fn add_failures(milestones: &mut Vec<Milestone>, letter: &DeadLetter) {
+    for failure in &letter.failures {
+        let detail = attempt(failure);
+        let failed = |m: &Milestone| m.service == SERVICE && m.stage == "failed" && m.detail == detail;
+        if !milestones.iter().any(failed) {
+            milestones.push(Milestone {
+                message_id: letter.message_id.as_bytes().to_vec().into(),
+                time_us: failure.time_us,
+                service: SERVICE.to_owned(),
+                stage: "failed".to_owned(),
+                detail,
+            });
+        }
     }
 }
 
@@ -111,8 +174,10 @@ fn add_receipt(milestones: &mut Vec<Milestone>, message_id: Uuid, user: &str, re
         }
     };
     add("accepted", receipt.accepted_us, recipient(user, receipt.seq));
-    if receipt.state == crate::message::State::Acked {
-        add("acked", receipt.settled_us, recipient(user, receipt.seq));
+    match receipt.state {
+        State::Acked => add("acked", receipt.settled_us, recipient(user, receipt.seq)),
+        State::Dead => add("dead", receipt.settled_us, recipient(user, receipt.seq)),
+        State::Accepted | State::Expired | State::Superseded => {}
     }
 }
 
@@ -130,12 +195,16 @@ mod tests {
         let recipients = Recipients::default();
         let user: Arc<str> = Arc::from("bob");
         for id in 0..=MAX_KNOWN as u128 {
-            recipients.learn(Uuid::from_u128(id), &user);
-            recipients.learn(Uuid::from_u128(id), &user);
+            recipients.learn(Uuid::from_u128(id), &user, id as u64);
+            recipients.learn(Uuid::from_u128(id), &user, id as u64);
         }
-        assert_eq!(recipients.of(Uuid::from_u128(0)), None);
+        assert_eq!((recipients.of(Uuid::from_u128(0)), recipients.at(&user, 0)), (None, None));
+        assert_eq!(recipients.at(&user, 1), Some(Uuid::from_u128(1)));
         assert_eq!(recipients.of(Uuid::from_u128(1)), Some(user));
         let known = recipients.0.lock();
-        assert_eq!((known.users.len(), known.order.len()), (MAX_KNOWN, MAX_KNOWN));
+        assert_eq!(
+            (known.places.len(), known.ids.len(), known.order.len()),
+            (MAX_KNOWN, MAX_KNOWN, MAX_KNOWN)
+        );
     }
 }

@@ -1,9 +1,9 @@
-//! Relays again what no edge reported written: the last message of an inbox has no successor that would reveal
-//! its loss.
+//! Relays again what no edge reported written, as the last message of an inbox has no successor that would reveal its
+//! loss; and messages whose delivery failed, once their next attempt is due.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
-use sanjay_proto::edge::v1::InboxHint;
+use sanjay_proto::{client::v1::InboxMessage, edge::v1::InboxHint};
 use sanjay_runtime::{
     clock::SharedClock,
     milestones::MilestoneRing,
@@ -17,7 +17,7 @@ use crate::{
     relay::Outcome,
     retry,
     router::{self, Router},
-    store::{DueInbox, InboxQuery, InboxStore, Next, Page, Rearm, StoreError},
+    store::{DueInbox, InboxQuery, InboxStore, MAX_RETRIES, Next, Page, Rearm, StoreError},
 };
 
 /// How often due inboxes are looked for.
@@ -122,21 +122,10 @@ impl Redelivery {
         Ok(())
     }
 
-    /// Relays the unwritten messages of claimed inboxes and says when they are due again.
+    /// Relays the unwritten messages of claimed inboxes, and those whose next attempt is due, and says when they are due
+    /// again.
     async fn relay(&self, claimed: Vec<DueInbox>) -> Result<(), ScanError> {
-        let queries = claimed
-            .iter()
-            .map(|inbox| InboxQuery {
-                user: inbox.user.clone(),
-                after: Some(inbox.after),
-                limit: MAX_MESSAGES,
-            })
-            .collect();
-        let mut attempts: Vec<Attempt> = claimed
-            .into_iter()
-            .zip(self.store.read(queries).await)
-            .map(|(inbox, page)| Attempt::new(inbox, page))
-            .collect();
+        let mut attempts = self.read(claimed).await;
         let hints: Vec<(usize, InboxHint)> = attempts
             .iter_mut()
             .enumerate()
@@ -174,6 +163,32 @@ impl Redelivery {
         failed.map_or(Ok(()), |error| Err(error.into()))
     }
 
+    /// Reads what is to be relayed of claimed inboxes.
+    async fn read(&self, claimed: Vec<DueInbox>) -> Vec<Attempt> {
+        let unwritten = claimed.iter().map(|inbox| InboxQuery {
+            user: inbox.user.clone(),
+            after: Some(inbox.after),
+            limit: MAX_MESSAGES,
+            only: Vec::new(),
+        });
+        let retries = claimed.iter().filter(|inbox| !inbox.retries.is_empty()).map(|inbox| InboxQuery {
+            user: inbox.user.clone(),
+            after: None,
+            limit: MAX_RETRIES,
+            only: inbox.retries.iter().map(|(seq, _)| *seq).collect(),
+        });
+        let pages = self.store.read(unwritten.chain(retries).collect()).await;
+        let mut pages = pages.into_iter();
+        let unwritten: Vec<_> = pages.by_ref().take(claimed.len()).collect();
+        let with_page = claimed.into_iter().zip(unwritten);
+        with_page
+            .map(|(inbox, page)| {
+                let retries = if inbox.retries.is_empty() { None } else { pages.next() };
+                Attempt::new(inbox, page, retries)
+            })
+            .collect()
+    }
+
     fn rearm(&self, attempt: Attempt) -> Rearm {
         let soon = |count| Next::At {
             due_us: self.clock.now_us() + micros(retry::delay(count, fraction(&*self.random))),
@@ -194,7 +209,7 @@ impl Redelivery {
 enum AttemptResult {
     /// It was not read or not relayed.
     NotTried,
-    /// Everything unwritten in it is settled.
+    /// Everything unwritten in it is settled, and so is what waited for an attempt.
     NothingToDo,
     /// The user has no session anywhere.
     Offline,
@@ -204,23 +219,42 @@ enum AttemptResult {
 
 struct Attempt {
     inbox: DueInbox,
-    page: Page,
+    /// To relay, in ascending seq.
+    messages: Vec<InboxMessage>,
     result: AttemptResult,
 }
 
 impl Attempt {
-    fn new(inbox: DueInbox, page: Result<Page, StoreError>) -> Self {
-        let result = match &page {
-            Ok(page) if page.messages.is_empty() && page.covers >= page.head => AttemptResult::NothingToDo,
-            _ => AttemptResult::NotTried,
+    /// Of what is unwritten, and of the messages whose next attempt is due where there are such.
+    fn new(
+        inbox: DueInbox,
+        unwritten: Result<Page, StoreError>,
+        retries: Option<Result<Page, StoreError>>,
+    ) -> Self {
+        let nothing = |page: &Result<Page, StoreError>| {
+            page.as_ref().is_ok_and(|page| page.messages.is_empty() && page.covers >= page.head)
         };
-        Self { inbox, page: page.unwrap_or_default(), result }
+        let no_retries =
+            retries.as_ref().is_none_or(|page| page.as_ref().is_ok_and(|page| page.messages.is_empty()));
+        let result = if nothing(&unwritten) && no_retries {
+            AttemptResult::NothingToDo
+        } else {
+            AttemptResult::NotTried
+        };
+        // A redelivery may be unwritten too, when an edge never said that it wrote what failed.
+        let messages: BTreeMap<u64, InboxMessage> = [Some(unwritten), retries]
+            .into_iter()
+            .flatten()
+            .flat_map(|page| page.unwrap_or_default().messages)
+            .map(|message| (message.seq, message))
+            .collect();
+        Self { inbox, messages: messages.into_values().collect(), result }
     }
 
     fn hints(&mut self) -> impl Iterator<Item = InboxHint> + use<> {
         let (user, inbox_epoch) = (self.inbox.user.clone(), self.inbox.epoch);
         let attempt = self.inbox.attempt.saturating_add(1);
-        std::mem::take(&mut self.page.messages).into_iter().map(move |message| InboxHint {
+        std::mem::take(&mut self.messages).into_iter().map(move |message| InboxHint {
             user: user.clone(),
             message: Some(message),
             inbox_epoch,

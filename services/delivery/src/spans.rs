@@ -5,13 +5,13 @@
 use std::time::Duration;
 
 use sanjay_runtime::trace::{
-    carry, count, describe, fail, is_same_trace, is_sampled, is_unsampled, link, messaging, set_parent,
-    traceparent, under_way,
+    carry, count, describe, event, fail, is_same_trace, is_sampled, is_unsampled, link, messaging,
+    set_parent, traceparent, under_way,
 };
 use tracing::{Span, info_span};
 use uuid::Uuid;
 
-use crate::store::{NewMessage, SettledMessage};
+use crate::store::{DeadLetter, NewMessage, SettledMessage};
 
 /// Most links of one span; what OpenTelemetry keeps of them.
 const MAX_LINKS: usize = 128;
@@ -33,6 +33,15 @@ pub(crate) fn send(parent: &str, ids: &[Uuid]) -> Span {
             [id] => describe(&span, [("messaging.message.id", id.to_string().into())]),
             _ => describe(&span, [("messaging.batch.message_count", count(ids.len()))]),
         }
+    }
+    span
+}
+
+/// A dead letter that is sent again: a trace of its own, with a link to the one in which it died.
+pub(crate) fn redrive(letter: &DeadLetter, message_id: Uuid) -> Span {
+    let span = send("", &[message_id]);
+    if is_sampled(&traceparent(&span)) {
+        link(&span, &letter.trace);
     }
     span
 }
@@ -125,6 +134,27 @@ pub(crate) fn settled(messages: &[SettledMessage], ack: &AckTrace, took: Duratio
         messaging(&span, "settle", "settle", INBOX);
         describe(&span, [("messaging.message.id", message.message_id.to_string().into())]);
     }
+}
+
+/// A message that became a dead letter, once that is durable; storing it took `took`. Its failed attempts are events of
+/// the span. What a client said is not among them: it may name people.
+pub(crate) fn died(letter: &DeadLetter, took: Duration) {
+    if !is_sampled(&letter.trace) {
+        return;
+    }
+    let span = info_span!(parent: None, "settle", otel.kind = "consumer");
+    set_parent(&span, &letter.trace);
+    under_way(&span, took);
+    messaging(&span, "settle", "settle", INBOX);
+    describe(&span, [("messaging.message.id", letter.message_id.to_string().into())]);
+    for failure in &letter.failures {
+        let attributes = [
+            ("sanjay.delivery", i64::from(failure.delivery).into()),
+            ("sanjay.failure.kind", failure.kind.as_str().into()),
+        ];
+        event(&span, "delivery failed", failure.time_us, attributes);
+    }
+    fail(&span, letter.reason.as_str());
 }
 
 fn batch(messages: &[SettledMessage], took: Duration) -> String {

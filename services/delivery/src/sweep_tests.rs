@@ -9,8 +9,8 @@ use uuid::Uuid;
 
 use super::*;
 use crate::store::{
-    Acked, AppendError, Appended, AuditPage, DueInbox, InboxQuery, NewMessage, Page, Rearm, Receipt, Settle,
-    Stats, StoreError,
+    Acked, AppendError, Appended, AuditPage, DeadFilter, DeadLetter, DeadPage, DeadPosition, DueInbox,
+    InboxQuery, NewMessage, Page, Rearm, Receipt, Settle, Stats, StoreError,
 };
 
 #[derive(Default)]
@@ -57,6 +57,27 @@ impl InboxStore for Expired {
 
     fn rearm(&self, _: Vec<Rearm>) -> BoxFuture<'static, Result<(), StoreError>> {
         unreachable!("the sweep claims nothing")
+    }
+
+    fn dead_letters(
+        &self,
+        _: DeadFilter,
+        _: Option<DeadPosition>,
+        _: usize,
+    ) -> BoxFuture<'static, Result<DeadPage, StoreError>> {
+        unreachable!("the sweep lists nothing")
+    }
+
+    fn dead_letter(&self, _: String, _: Uuid) -> BoxFuture<'static, Result<Option<DeadLetter>, StoreError>> {
+        unreachable!("the sweep looks nothing up")
+    }
+
+    fn redriven(&self, _: String, _: Uuid, _: Uuid) -> BoxFuture<'static, Result<bool, StoreError>> {
+        unreachable!("the sweep sends nothing")
+    }
+
+    fn purge(&self, _: Vec<(String, Uuid)>) -> BoxFuture<'static, Result<u64, StoreError>> {
+        unreachable!("the sweep purges no dead letters")
     }
 
     fn stats(&self) -> BoxFuture<'static, Result<Stats, StoreError>> {

@@ -155,7 +155,7 @@ fn start_upstream(
     context.lifecycle.spawn(
         "edge: router link",
         link::run(Parts {
-            node,
+            node: node.clone(),
             incarnation: context.random.next_u64(),
             routers: router,
             requests: link_requests,
@@ -171,7 +171,14 @@ fn start_upstream(
     );
     context.lifecycle.spawn(
         "edge: inbox acks",
-        inbox::ack(delivery.lane(1), acks, replies.clone(), Arc::clone(&context.random), Arc::clone(metrics)),
+        inbox::ack(
+            node,
+            delivery.lane(1),
+            acks,
+            replies.clone(),
+            Arc::clone(&context.random),
+            Arc::clone(metrics),
+        ),
     );
     let soft = context.lifecycle.soft();
     context.lifecycle.spawn("edge: drain", async move {

@@ -36,6 +36,9 @@ pub struct Config {
     pub upgrade_timeout_ms: u64,
     /// An upgraded connection has so many milliseconds to say `hello`.
     pub hello_timeout_ms: u64,
+    /// A client has so many milliseconds to answer an inbox message, from when its socket took it; then, if it is
+    /// alive, the delivery has failed.
+    pub ack_deadline_ms: u64,
     /// Most bytes that may wait for a slow socket when a channel message comes; beyond them it is closed (4413).
     pub max_outbox_bytes: usize,
     /// A socket that takes no byte of what waits for so many milliseconds is closed (4413).
@@ -61,6 +64,7 @@ impl Default for Config {
             heartbeat_grace_ms: 10_000,
             upgrade_timeout_ms: 5_000,
             hello_timeout_ms: 5_000,
+            ack_deadline_ms: 30_000,
             max_outbox_bytes: 2 * 1024 * 1024,
             stall_timeout_ms: 10_000,
             reconnect_spread_ms: 5_000,
@@ -103,6 +107,7 @@ impl Validate for Config {
             ("edge.heartbeat_grace_ms", self.heartbeat_grace_ms, 100, 600_000),
             ("edge.upgrade_timeout_ms", self.upgrade_timeout_ms, 100, 600_000),
             ("edge.hello_timeout_ms", self.hello_timeout_ms, 100, 600_000),
+            ("edge.ack_deadline_ms", self.ack_deadline_ms, 100, 86_400_000),
             ("edge.stall_timeout_ms", self.stall_timeout_ms, 100, 600_000),
             ("edge.reconnect_spread_ms", self.reconnect_spread_ms, 0, 3_600_000),
             ("edge.max_connections", self.max_connections as u64, 1, u64::from(u32::MAX)),
@@ -133,6 +138,10 @@ impl Config {
 
     pub(crate) fn hello_timeout(&self) -> Duration {
         Duration::from_millis(self.hello_timeout_ms)
+    }
+
+    pub(crate) fn ack_deadline(&self) -> Duration {
+        Duration::from_millis(self.ack_deadline_ms)
     }
 
     pub(crate) fn upgrade_timeout(&self) -> Duration {

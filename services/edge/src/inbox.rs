@@ -6,7 +6,11 @@
 use std::time::Duration;
 
 use sanjay_proto::{client::v1::InboxMessage, edge::v1::InboxPage};
-use smallvec::SmallVec;
+
+use crate::{
+    in_flight::{InFlight, Written},
+    shard::wheel::Tick,
+};
 
 /// How long a hint that skips a seq waits for the one before it, before the log is read.
 const REORDER_WAIT: Duration = Duration::from_millis(20);
@@ -34,6 +38,19 @@ pub enum Step {
     Known(Position),
 }
 
+/// Why a command about one delivery changes nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stale {
+    /// The message was not sent on this connection.
+    NotSent,
+    /// It is not in flight: it was acked.
+    Answered,
+    /// This delivery of it failed already.
+    Failed(u32),
+    /// Another delivery of it is in flight.
+    Other(u32),
+}
+
 /// Where an inbox stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Position {
@@ -48,18 +65,24 @@ pub struct Position {
 /// The state of one connection's inbox.
 #[derive(Debug)]
 pub struct Cursor {
-    /// `None` until the first page.
-    epoch: Option<u64>,
-    /// Everything up to it was pushed here or is settled.
+    /// Of no meaning until the first page.
+    epoch: u64,
+    /// Everything up to it was pushed here, is settled, or waits for its next attempt.
     last: u64,
     /// The newest seq that is said to exist.
     want: u64,
     /// What `want` was when the read under way began: its page tells whether that is so.
     asked: u64,
+    /// A message whose next delivery found no room; 0 when none did.
+    owed: u64,
+    /// The newest seqs that were acked one behind the other: from, to. A hint of another delivery of these is late.
+    acked: (u64, u64),
+    /// Nothing while all that was pushed is acked.
+    in_flight: Option<Box<InFlight>>,
     /// How many messages may be unacked.
     credit: u32,
-    /// Pushed and not acked, in ascending order.
-    in_flight: Ranges,
+    /// Whether a page has come.
+    known: bool,
     reading: bool,
     /// Something was lost while a read was under way: read once more.
     stale: bool,
@@ -70,14 +93,16 @@ impl Cursor {
     /// A cursor that may have `credit` messages in flight (at least 1).
     #[must_use]
     pub fn new(credit: u32) -> Self {
-        let in_flight = Ranges::default();
         Self {
-            epoch: None,
+            epoch: 0,
             last: 0,
             want: 0,
             asked: 0,
+            owed: 0,
+            acked: (0, 0),
+            in_flight: None,
             credit,
-            in_flight,
+            known: false,
             reading: false,
             stale: false,
             armed: false,
@@ -87,10 +112,10 @@ impl Cursor {
     /// The inbox's epoch, once it is known.
     #[must_use]
     pub fn epoch(&self) -> Option<u64> {
-        self.epoch
+        self.known.then_some(self.epoch)
     }
 
-    /// Everything up to it was pushed on this connection or is settled.
+    /// Everything up to it was pushed on this connection, is settled, or waits for its next attempt.
     #[must_use]
     pub fn last(&self) -> u64 {
         self.last
@@ -99,14 +124,38 @@ impl Cursor {
     /// Whether something that was pushed is not acked.
     #[must_use]
     pub fn has_in_flight(&self) -> bool {
-        !self.in_flight.is_empty()
+        self.in_flight.as_ref().is_some_and(|in_flight| in_flight.count() > 0)
+    }
+
+    /// When the first answer to what is in flight is due.
+    #[must_use]
+    pub fn next_due(&self) -> Option<Tick> {
+        self.in_flight.as_ref()?.next_due()
+    }
+
+    /// The `count` messages that were pushed first, and not handed to the socket yet, have been handed to it.
+    pub fn on_handed(&mut self, count: u64, written: Written) {
+        if let Some(in_flight) = &mut self.in_flight {
+            in_flight.handed(count, written);
+        }
+    }
+
+    /// The socket has taken bytes that waited; the answer to what it has taken with them may take until `until`.
+    /// Whether there was anything.
+    pub fn on_taken(&mut self, bytes: u32, until: Tick) -> bool {
+        self.in_flight.as_mut().is_some_and(|in_flight| in_flight.taken(bytes, until))
+    }
+
+    /// The redeliveries that the socket has taken since the last call, as (seq, delivery).
+    pub fn rewritten(&mut self) -> Vec<(u64, u32)> {
+        self.in_flight.as_mut().map(|in_flight| in_flight.rewritten()).unwrap_or_default()
     }
 
     /// Reads what may have been missed: at the start, and whenever hints may have been lost.
     pub fn resync(&mut self, steps: &mut Vec<Step>) {
         if self.reading {
             self.stale = true;
-        } else if self.epoch.is_none() {
+        } else if !self.known {
             self.read(None, steps);
         } else {
             // Without room the head alone is read, so that `want` is right when credit comes back.
@@ -118,26 +167,25 @@ impl Cursor {
     pub fn on_page(&mut self, page: InboxPage, steps: &mut Vec<Step>) {
         self.reading = false;
         let position = Position { epoch: page.epoch, mark: page.mark, head: page.head };
-        match self.epoch {
-            Some(epoch) if epoch != page.epoch => {
-                // Another inbox: nothing that was counted here holds for it.
-                *self = Cursor { epoch: Some(page.epoch), last: page.mark, ..Cursor::new(self.credit) };
-                self.want = page.head;
-                steps.push(Step::Known(position));
-                return self.read_on(1, steps);
-            }
-            Some(_) => {}
-            None => {
-                self.epoch = Some(page.epoch);
-                self.last = page.mark;
-                steps.push(Step::Known(position));
-            }
+        if self.known && self.epoch != page.epoch {
+            // Another inbox: nothing that was counted here holds for it.
+            *self = Cursor { epoch: page.epoch, known: true, last: page.mark, ..Cursor::new(self.credit) };
+            self.want = page.head;
+            steps.push(Step::Known(position));
+            return self.read_on(1, steps);
+        }
+        if !self.known {
+            (self.epoch, self.known, self.last) = (page.epoch, true, page.mark);
+            steps.push(Step::Known(position));
         }
         let before = self.last;
         for message in page.messages {
             if message.seq > self.last {
-                self.push(message, steps);
+                self.begins(message.seq, message.delivery);
+            } else if !self.begins_again(message.seq, message.delivery) {
+                continue;
             }
+            steps.push(Step::Push(message));
         }
         self.last = self.last.max(page.covers);
         // A hint that came during the read may tell of more than the page; an older one cannot.
@@ -159,21 +207,23 @@ impl Cursor {
         self.arm(RETRY_AFTER + RETRY_SPREAD.mul_f64(fraction), steps);
     }
 
-    /// A message was committed to the inbox with this epoch.
+    /// A message was committed to the inbox with this epoch, or the next attempt of one is due.
     pub fn on_hint(&mut self, epoch: u64, message: InboxMessage, steps: &mut Vec<Step>) {
         let seq = message.seq;
-        match self.epoch {
-            Some(known) if known == epoch => {}
-            Some(_) => return self.resync(steps),
+        if !self.known {
             // The first page may have been taken before this message was committed.
-            None => return self.want = self.want.max(seq),
+            return self.want = self.want.max(seq);
+        }
+        if self.epoch != epoch {
+            return self.resync(steps);
         }
         if seq <= self.last {
-            if message.delivery > 1 && self.in_flight.contains(seq) {
+            if self.begins_again(seq, message.delivery) {
                 steps.push(Step::Push(message));
             }
         } else if seq == self.last + 1 && !self.reading && self.room() > 0 {
-            self.push(message, steps);
+            self.begins(seq, message.delivery);
+            steps.push(Step::Push(message));
         } else {
             self.want = self.want.max(seq);
             if !self.reading && self.room() > 0 {
@@ -182,15 +232,109 @@ impl Cursor {
         }
     }
 
+    /// Whether this delivery of a message up to `last` is to be pushed: one that this connection did not have.
+    fn begins_again(&mut self, seq: u64, delivery: u32) -> bool {
+        let (from, to) = self.acked;
+        if delivery <= 1 || (from <= seq && seq <= to) {
+            return false;
+        }
+        let here = self.in_flight.as_deref();
+        let in_flight = here.and_then(|here| here.delivery(seq));
+        let newest = in_flight.or_else(|| here.and_then(|here| here.failed(seq)));
+        if newest.is_some_and(|newest| newest >= delivery) {
+            return false;
+        }
+        // A page that is on its way will take the room that was free when it was asked for.
+        let has_room = in_flight.is_some() || (!self.reading && self.room() > 0);
+        if has_room {
+            self.in_flight.get_or_insert_default().push(seq, delivery);
+        } else if self.owed == 0 || seq < self.owed {
+            self.owed = seq;
+        }
+        has_room
+    }
+
     /// The client acked `ranges`. Returns what of it was pushed, which is what delivery may settle.
     pub fn on_ack(&mut self, ranges: &[(u64, u64)], steps: &mut Vec<Step>) -> Vec<(u64, u64)> {
         let mut pushed = Vec::with_capacity(ranges.len());
         for &(from, to) in ranges {
             let to = to.min(self.last);
             if from <= to {
-                self.in_flight.remove(from, to);
+                if let Some(in_flight) = &mut self.in_flight {
+                    in_flight.settle(from, to);
+                }
+                self.note_acked(from, to);
                 pushed.push((from, to));
             }
+        }
+        self.freed(steps);
+        pushed
+    }
+
+    /// The client gave this delivery back: another follows later, or none.
+    ///
+    /// # Errors
+    /// When it is not in flight; then nothing changes.
+    pub fn on_failed(&mut self, seq: u64, delivery: u32, steps: &mut Vec<Step>) -> Result<(), Stale> {
+        self.check(seq, delivery)?;
+        if let Some(in_flight) = &mut self.in_flight {
+            in_flight.fail(seq, delivery);
+        }
+        self.freed(steps);
+        Ok(())
+    }
+
+    /// The client works on this delivery: its answer may take until `until`.
+    ///
+    /// # Errors
+    /// When it is not in flight; then nothing changes.
+    pub fn on_working(&mut self, seq: u64, delivery: u32, until: Tick) -> Result<(), Stale> {
+        self.check(seq, delivery)?;
+        if let Some(in_flight) = &mut self.in_flight {
+            in_flight.extend(seq, until);
+        }
+        Ok(())
+    }
+
+    /// The client was alive at `now`: what it should have answered by then has failed. Returns that as
+    /// (seq, delivery).
+    pub fn on_overdue(&mut self, now: Tick, steps: &mut Vec<Step>) -> Vec<(u64, u32)> {
+        let Some(in_flight) = &mut self.in_flight else { return Vec::new() };
+        let overdue = in_flight.overdue(now);
+        if overdue.is_empty() {
+            return overdue;
+        }
+        overdue.iter().for_each(|&(seq, delivery)| in_flight.fail(seq, delivery));
+        self.freed(steps);
+        overdue
+    }
+
+    fn check(&self, seq: u64, delivery: u32) -> Result<(), Stale> {
+        if seq > self.last {
+            return Err(Stale::NotSent);
+        }
+        let here = self.in_flight.as_ref();
+        match (here.and_then(|here| here.delivery(seq)), here.and_then(|here| here.failed(seq))) {
+            (Some(newest), _) if newest == delivery => Ok(()),
+            (Some(newest), _) => Err(Stale::Other(newest)),
+            (None, Some(failed)) => Err(Stale::Failed(failed)),
+            (None, None) => Err(Stale::Answered),
+        }
+    }
+
+    fn note_acked(&mut self, from: u64, to: u64) {
+        let (first, last) = self.acked;
+        if from <= last + 1 && to + 1 >= first {
+            self.acked = (first.min(from), last.max(to));
+        } else if from > last {
+            self.acked = (from, to);
+        }
+    }
+
+    /// There is room again.
+    fn freed(&mut self, steps: &mut Vec<Step>) {
+        if self.in_flight.as_ref().is_some_and(|in_flight| in_flight.is_empty()) {
+            self.in_flight = None;
         }
         // Half of the credit at a time, so that a busy inbox is not read message by message. What a client leaves
         // free while it holds on to the rest is used after a moment.
@@ -198,7 +342,6 @@ impl Cursor {
         if !self.reading && self.want > self.last && self.room() > 0 {
             self.arm(REORDER_WAIT, steps);
         }
-        pushed
     }
 
     /// The client changed its credit.
@@ -213,20 +356,28 @@ impl Cursor {
         if std::mem::take(&mut self.stale) { self.resync(steps) } else { self.read_on(1, steps) }
     }
 
-    fn push(&mut self, message: InboxMessage, steps: &mut Vec<Step>) {
-        self.last = message.seq;
-        self.want = self.want.max(message.seq);
-        self.in_flight.push(message.seq);
-        steps.push(Step::Push(message));
+    /// A message above `last` is pushed.
+    fn begins(&mut self, seq: u64, delivery: u32) {
+        self.last = seq;
+        self.want = self.want.max(seq);
+        self.in_flight.get_or_insert_default().push(seq, delivery.max(1));
     }
 
     fn room(&self) -> u32 {
-        self.credit.saturating_sub(u32::try_from(self.in_flight.count()).unwrap_or(u32::MAX))
+        let in_flight = self.in_flight.as_ref().map_or(0, |in_flight| in_flight.count());
+        self.credit.saturating_sub(u32::try_from(in_flight).unwrap_or(u32::MAX))
     }
 
-    /// Reads on when there is more and room for at least `least` messages.
+    /// Reads on when there is more and room for at least `least` messages. What is owed comes first, and needs room for
+    /// itself alone: in a busy inbox there might never be more.
     fn read_on(&mut self, least: u32, steps: &mut Vec<Step>) {
-        if self.epoch.is_some() && !self.reading && self.want > self.last && self.room() >= least {
+        if !self.known || self.reading {
+            return;
+        }
+        if self.owed > 0 && self.room() > 0 {
+            let after = std::mem::take(&mut self.owed) - 1;
+            self.read(Some(after), steps);
+        } else if self.want > self.last && self.room() >= least {
             self.read(Some(self.last), steps);
         }
     }
@@ -241,45 +392,6 @@ impl Cursor {
         if !std::mem::replace(&mut self.armed, true) {
             steps.push(Step::Arm(after));
         }
-    }
-}
-
-/// A set of seqs as ascending, disjoint, inclusive ranges. Messages are acked nearly in order, so it stays short.
-#[derive(Debug, Default)]
-struct Ranges(SmallVec<[(u64, u64); 1]>);
-
-impl Ranges {
-    fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-
-    fn count(&self) -> u64 {
-        self.0.iter().map(|(from, to)| to - from + 1).sum()
-    }
-
-    fn contains(&self, seq: u64) -> bool {
-        self.0.iter().any(|&(from, to)| from <= seq && seq <= to)
-    }
-
-    /// Adds a seq above all others.
-    fn push(&mut self, seq: u64) {
-        match self.0.last_mut() {
-            Some((_, to)) if *to + 1 == seq => *to = seq,
-            _ => self.0.push((seq, seq)),
-        }
-    }
-
-    fn remove(&mut self, first: u64, last: u64) {
-        let mut kept = SmallVec::new();
-        for &(from, to) in &self.0 {
-            if from < first {
-                kept.push((from, to.min(first - 1)));
-            }
-            if to > last {
-                kept.push((from.max(last + 1), to));
-            }
-        }
-        self.0 = kept;
     }
 }
 

@@ -7,6 +7,7 @@
 pub mod app;
 pub mod config;
 pub mod connection;
+pub mod in_flight;
 pub mod inbox;
 pub mod metrics;
 pub mod shard;

@@ -63,6 +63,14 @@ pub struct Metrics {
     pub deliveries: Counter,
     /// Inbox messages handed to sockets.
     pub inbox_deliveries: Counter,
+    /// Among them, those that were not the first delivery.
+    pub redeliveries: Counter,
+    /// Deliveries that clients gave back for another one.
+    pub naks: Counter,
+    /// Messages that clients gave up.
+    pub terms: Counter,
+    /// Deliveries that living clients did not answer in time.
+    pub ack_deadlines: Counter,
     /// From a channel message's time stamp until all sockets of a shard were written.
     pub channel_latency: Histogram,
     /// From an inbox message's time stamp until a socket was written.
@@ -109,6 +117,10 @@ impl Metrics {
             publications: Counter::default(),
             deliveries: Counter::default(),
             inbox_deliveries: Counter::default(),
+            redeliveries: Counter::default(),
+            naks: Counter::default(),
+            terms: Counter::default(),
+            ack_deadlines: Counter::default(),
             channel_latency: of_kind("channel"),
             inbox_latency: of_kind("inbox"),
             gaps: Counter::default(),
@@ -166,6 +178,16 @@ impl Metrics {
         registry.register("edge_deliveries", "Channel messages handed to sockets", self.deliveries.clone());
         let help = "Inbox messages handed to sockets";
         registry.register("edge_inbox_deliveries", help, self.inbox_deliveries.clone());
+        let help = "Inbox messages handed to sockets again after a failed delivery";
+        registry.register("edge_redeliveries", help, self.redeliveries.clone());
+        registry.register(
+            "edge_naks",
+            "Deliveries that clients gave back for another one",
+            self.naks.clone(),
+        );
+        registry.register("edge_terms", "Inbox messages that clients gave up", self.terms.clone());
+        let help = "Deliveries that living clients did not answer within the ack deadline";
+        registry.register("edge_ack_deadlines", help, self.ack_deadlines.clone());
         let help = "Gaps that subscribers were told of, counted once for each channel and shard";
         registry.register("edge_gaps", help, self.gaps.clone());
         let help = "Channel messages that found a shard's queue full; not zero means overload";

@@ -100,6 +100,9 @@ pub fn push(message: &mut InboxMessage, from: Origin) -> Option<Span> {
         Origin::Read => "read",
     };
     describe(&span, [("messaging.message.id", id(&message.message_id)), ("sanjay.push.from", from.into())]);
+    if message.delivery > 1 {
+        describe(&span, [("sanjay.delivery", count(message.delivery as usize))]);
+    }
     carry(&span, &mut message.trace);
     Some(span)
 }

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::{
-    commands::{bench, check_config, demo, health, publish, send, sub, token, trace},
+    commands::{bench, check_config, demo, dlq, health, publish, send, sub, token, trace},
     output,
     serve::{
         roles::{DeliveryArgs, EdgeArgs, RouterArgs},
@@ -33,6 +33,7 @@ enum Command {
     Send(send::Args),
     Sub(sub::Args),
     Trace(trace::Args),
+    Dlq(dlq::Args),
     Token(token::Args),
     Health(health::Args),
     Bench(bench::Args),
@@ -63,6 +64,7 @@ impl Command {
             Self::Send(args) => block_on(args.run()),
             Self::Sub(args) => block_on(args.run()),
             Self::Trace(args) => block_on(args.run()),
+            Self::Dlq(args) => block_on(args.run()),
             Self::Token(args) => args.run(),
             Self::Health(args) => block_on(args.run()),
             Self::Bench(args) => serve(args.run()),

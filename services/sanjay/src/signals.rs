@@ -2,11 +2,15 @@
 
 use tokio::signal::unix::{SignalKind, signal};
 
-/// Waits for an interrupt or a request to end.
-pub(crate) async fn interrupted() {
-    let Ok(mut terminate) = signal(SignalKind::terminate()) else { return std::future::pending().await };
-    tokio::select! {
-        _ = tokio::signal::ctrl_c() => {}
-        _ = terminate.recv() => {}
+/// Waits for an interrupt or a request to end. Both are caught from this call on, not from the first poll of what it
+/// returns.
+pub(crate) fn interrupted() -> impl Future<Output = ()> {
+    let caught = signal(SignalKind::terminate()).and_then(|end| Ok((end, signal(SignalKind::interrupt())?)));
+    async move {
+        let Ok((mut end, mut interrupt)) = caught else { return std::future::pending().await };
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = end.recv() => {}
+        }
     }
 }

@@ -37,6 +37,9 @@ pub enum BackendError {
     /// The call broke; the outcome is unknown.
     #[error("{0}; the outcome is unknown: repeat with the same dedupe key")]
     Broken(String),
+    /// A redrive ended before it was done.
+    #[error("{0}; repeat the redrive: it goes on where it ended, and sends nothing twice")]
+    CutOff(String),
 }
 
 /// A failed call with what is known about it.

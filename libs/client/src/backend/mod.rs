@@ -1,6 +1,7 @@
 //! The gRPC client of a product's back end: publishes to channels and sends to users' inboxes, with deadlines,
 //! and with repeats where they cannot double a message.
 
+mod dead;
 mod error;
 mod servers;
 mod stream;
@@ -17,6 +18,7 @@ use tonic::{
     transport::Channel,
 };
 
+pub use dead::RedriveStream;
 pub use error::BackendError;
 pub use stream::{PendingReply, PublishStream, SendStream};
 

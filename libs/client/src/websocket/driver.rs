@@ -11,7 +11,7 @@ use tokio::{
 use super::{
     client::State,
     error::{ClosedError, ConnectionError},
-    inbox::Settled,
+    inbox::Ready,
     machine::{Machine, Request},
     options::ClientOptions,
     raw::RawConnection,
@@ -25,7 +25,7 @@ pub(crate) struct Driver {
     pub(super) options: ClientOptions,
     pub(super) state: watch::Sender<State>,
     pub(super) requests: mpsc::Receiver<Request>,
-    pub(super) ready: mpsc::Receiver<Settled>,
+    pub(super) ready: mpsc::Receiver<Ready>,
     pub(super) closing: Arc<Notify>,
     pub(super) machine: Machine,
     /// Attempts since the last `welcome`.
@@ -52,7 +52,7 @@ impl Driver {
         options: ClientOptions,
         state: watch::Sender<State>,
         requests: mpsc::Receiver<Request>,
-        ready: mpsc::Receiver<Settled>,
+        ready: mpsc::Receiver<Ready>,
         closing: Arc<Notify>,
         machine: Machine,
     ) -> Self {
@@ -153,7 +153,7 @@ impl Driver {
                     None => return Err(Asked),
                 },
                 // Not acked now; the redelivery will be.
-                Some(settled) = self.ready.recv() => self.machine.settled(settled),
+                Some(ready) = self.ready.recv() => self.machine.ready(ready),
                 () = self.machine.room() => {}
             }
         }

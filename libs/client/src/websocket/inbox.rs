@@ -2,14 +2,19 @@
 //! that stores this before anything is acked.
 
 use std::{
-    collections::BTreeSet,
+    collections::BTreeMap,
     pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll},
+    time::Duration,
 };
 
 use futures::Stream;
-use sanjay_protocol::event::{Inbox, InboxState};
+use sanjay_protocol::{
+    Command,
+    command::{Nak, Term, Working},
+    event::{Inbox, InboxState},
+};
 use tokio::sync::{mpsc, oneshot};
 
 use super::{
@@ -39,7 +44,7 @@ pub struct InboxDelivery {
     pub acker: Acker,
 }
 
-/// Why a message was not acked. It comes again.
+/// Why a message was not acked, or not given back. It comes again.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum AckError {
     /// That it was processed could not be stored.
@@ -48,10 +53,13 @@ pub enum AckError {
     /// The client has stopped.
     #[error("not acked: the client has stopped")]
     Closed,
+    /// The delay or the reason is out of bounds.
+    #[error("not given back: {0}")]
+    Invalid(String),
 }
 
-/// Acks one message. Dropped without [`ack`](Self::ack), the message stays unsettled and comes again, at the
-/// latest on the next connection.
+/// Answers one message. Dropped without an answer, the message stays unsettled and comes again: when the server's ack
+/// deadline has passed, or on the next connection.
 #[derive(Debug)]
 pub struct Acker {
     seq: u64,
@@ -76,6 +84,49 @@ impl Acker {
         self.settle.send(settle).await.map_err(|_| AckError::Closed)?;
         self.held = false;
         done.await.unwrap_or(Err(AckError::Closed))
+    }
+
+    /// Gives the message back: it is delivered again, not before `delay` (whole milliseconds, up to a day), and the
+    /// server's schedule may take longer. As many failed attempts as the server allows make it a dead letter. `reason`,
+    /// up to 200 bytes without control characters, is kept with the attempt.
+    ///
+    /// Returns when the connection's task has it. When the connection ends before the server has, the message comes
+    /// again with the next one.
+    ///
+    /// # Errors
+    /// When delay or reason is out of bounds, or the client has stopped.
+    pub async fn nak(self, delay: Duration, reason: &str) -> Result<(), AckError> {
+        let delay_ms = u32::try_from(delay.as_millis()).unwrap_or(u32::MAX);
+        let (seq, reason) = (self.seq, reason.to_owned());
+        self.answer(|delivery| Command::Nak(Nak { seq, delivery, delay_ms, reason })).await
+    }
+
+    /// Gives the message up: it becomes a dead letter and is not delivered again. Otherwise like [`nak`](Self::nak).
+    ///
+    /// # Errors
+    /// When the reason is out of bounds, or the client has stopped.
+    pub async fn term(self, reason: &str) -> Result<(), AckError> {
+        let (seq, reason) = (self.seq, reason.to_owned());
+        self.answer(|delivery| Command::Term(Term { seq, delivery, reason })).await
+    }
+
+    /// The message takes longer: the server's ack deadline begins anew. Returns when the connection's task has it.
+    ///
+    /// # Errors
+    /// When the client has stopped.
+    pub async fn working(&self) -> Result<(), AckError> {
+        let seq = self.seq;
+        self.answer(|delivery| Command::Working(Working { seq, delivery })).await
+    }
+
+    /// Answers the newest delivery: another one may have come since the application got the message.
+    async fn answer(&self, command: impl FnOnce(u32) -> Command) -> Result<(), AckError> {
+        // Of another inbox by now: nobody waits for the answer.
+        let Some(delivery) = self.shared.delivery(self.generation, self.seq) else { return Ok(()) };
+        let command = command(delivery);
+        command.check().map_err(|error| AckError::Invalid(error.message))?;
+        let answer = Answer { generation: self.generation, command };
+        self.settle.send(Settle::Answer(answer)).await.map_err(|_| AckError::Closed)
     }
 }
 
@@ -115,6 +166,8 @@ impl Stream for InboxStream {
 pub(crate) enum Settle {
     /// The application processed a message.
     Processed { generation: u64, seq: u64, trace: String, stored: oneshot::Sender<Result<(), AckError>> },
+    /// The application says something else of a message.
+    Answer(Answer),
     /// The device met its inbox: keep where it began.
     Begin,
     /// Answer once everything before is stored and handed on.
@@ -128,6 +181,20 @@ pub(crate) struct Settled {
     pub(crate) seqs: Vec<u64>,
     /// The trace of the message with the highest of `seqs`; may be empty.
     pub(crate) trace: String,
+}
+
+/// `nak`, `term` or `working`, for one generation of the inbox.
+#[derive(Debug)]
+pub(crate) struct Answer {
+    pub(crate) generation: u64,
+    pub(crate) command: Command,
+}
+
+/// What the connection is to tell the server.
+#[derive(Debug)]
+pub(crate) enum Ready {
+    Acks(Settled),
+    Answer(Answer),
 }
 
 /// What becomes of a delivery.
@@ -150,7 +217,8 @@ struct Inner {
     processed: Option<Processed>,
     /// Counts the inboxes that were met: numbers of an earlier one mean other messages.
     generation: u64,
-    held: BTreeSet<u64>,
+    /// What the application has, with the newest delivery of it.
+    held: BTreeMap<u64, u32>,
 }
 
 impl Shared {
@@ -178,17 +246,24 @@ impl Shared {
         (discontinuity, false)
     }
 
-    pub(crate) fn take(self: &Arc<Self>, seq: u64, trace: &str, settle: &mpsc::Sender<Settle>) -> Taken {
+    pub(crate) fn take(self: &Arc<Self>, message: &Inbox, settle: &mpsc::Sender<Settle>) -> Taken {
+        let Inbox { seq, delivery, ref trace, .. } = *message;
         let mut inner = self.lock();
         if inner.processed.as_ref().is_some_and(|processed| processed.contains(seq)) {
             return Taken::Again;
         }
-        if !inner.held.insert(seq) {
+        if inner.held.insert(seq, delivery).is_some() {
             return Taken::Held;
         }
         let generation = inner.generation;
-        let (shared, settle, trace) = (Arc::clone(self), settle.clone(), trace.to_owned());
+        let (shared, settle, trace) = (Arc::clone(self), settle.clone(), trace.clone());
         Taken::New(Acker { seq, trace, generation, held: true, shared, settle })
+    }
+
+    /// The newest delivery of a message that the application has.
+    fn delivery(&self, generation: u64, seq: u64) -> Option<u32> {
+        let inner = self.lock();
+        inner.held.get(&seq).copied().filter(|_| inner.generation == generation)
     }
 
     pub(crate) fn is_current(&self, generation: u64) -> bool {
@@ -234,7 +309,7 @@ pub(crate) async fn settle(
     mut requests: mpsc::Receiver<Settle>,
     shared: Arc<Shared>,
     checkpoint: Arc<dyn Checkpoint>,
-    ready: mpsc::Sender<Settled>,
+    ready: mpsc::Sender<Ready>,
 ) {
     let mut requested = Vec::with_capacity(BATCH);
     while requests.recv_many(&mut requested, BATCH).await > 0 {
@@ -246,6 +321,12 @@ pub(crate) async fn settle(
                     batch.push((generation, seq));
                     traces.push(trace);
                     waiting.push(stored);
+                }
+                // Nothing of it is stored, so that it need not wait for what is.
+                Settle::Answer(answer) => {
+                    if ready.send(Ready::Answer(answer)).await.is_err() {
+                        return;
+                    }
                 }
                 Settle::Begin => {}
                 Settle::Flush(done) => flushes.push(done),
@@ -262,7 +343,9 @@ pub(crate) async fn settle(
                 let newest = (0..batch.len()).filter(|&at| batch[at].0 == generation);
                 let newest = newest.max_by_key(|&at| batch[at].1);
                 let trace = newest.map(|at| std::mem::take(&mut traces[at])).unwrap_or_default();
-                if !seqs.is_empty() && ready.send(Settled { generation, seqs, trace }).await.is_err() {
+                if !seqs.is_empty()
+                    && ready.send(Ready::Acks(Settled { generation, seqs, trace })).await.is_err()
+                {
                     return;
                 }
             }

@@ -22,7 +22,7 @@ use tokio::{
 use super::{
     backlog::{Backlog, Delivery},
     error::{ConnectionError, PublishError, SubscribeError},
-    inbox::{InboxDelivery, InboxEvent, Settle, Settled, Shared, Taken},
+    inbox::{Answer, InboxDelivery, InboxEvent, Ready, Settle, Settled, Shared, Taken},
     position::{self, Position, Verdict},
     ranges::Ranges,
     subscription::{ChannelEvent, SubscriptionState},
@@ -31,6 +31,8 @@ use crate::{Jitter, backoff};
 
 /// Acks under way at once; what becomes ready meanwhile is joined into the next.
 const MAX_UNANSWERED_ACKS: usize = 8;
+/// Answers beside acks that wait to be sent; beyond it the application waits.
+const MAX_ANSWERS: usize = 256;
 const RETRY_BASE: Duration = Duration::from_millis(500);
 const RETRY_CAP: Duration = Duration::from_secs(20);
 
@@ -82,6 +84,7 @@ enum Pending {
     Unsubscribe,
     Publish(oneshot::Sender<Result<Published, NotPublished>>),
     Ack(Vec<(u64, u64)>),
+    Answer,
 }
 
 /// The machine's side of the inbox.
@@ -113,6 +116,10 @@ pub(crate) struct Machine {
     newest_ack: (u64, String),
     /// Acks without an answer, which comes once they are durable.
     unanswered_acks: usize,
+    /// `nak`, `term` and `working`, to be sent.
+    answers: VecDeque<Command>,
+    /// Those without an answer of their own.
+    unanswered_answers: usize,
     /// No ack before this time, as the server refused the last one for now.
     acks_wait: Option<Instant>,
     backlog: Backlog,
@@ -142,6 +149,8 @@ impl Machine {
             acks: Ranges::default(),
             newest_ack: (0, String::new()),
             unanswered_acks: 0,
+            answers: VecDeque::new(),
+            unanswered_answers: 0,
             acks_wait: None,
             backlog,
             goaway: None,
@@ -174,6 +183,9 @@ impl Machine {
         self.acks.clear();
         self.newest_ack = (0, String::new());
         self.unanswered_acks = 0;
+        // Of deliveries of that connection; on the next one they come again.
+        self.answers.clear();
+        self.unanswered_answers = 0;
         self.acks_wait = None;
         self.pong = false;
         self.goaway = None;
@@ -298,7 +310,23 @@ impl Machine {
         self.goaway
     }
 
-    pub(crate) fn settled(&mut self, settled: Settled) {
+    /// Whether more of what the application says may be taken.
+    pub(crate) fn takes_answers(&self) -> bool {
+        self.answers.len() < MAX_ANSWERS
+    }
+
+    pub(crate) fn ready(&mut self, ready: Ready) {
+        match ready {
+            Ready::Acks(settled) => self.settled(settled),
+            Ready::Answer(Answer { generation, command }) => {
+                if self.online && self.inbox.shared.is_current(generation) {
+                    self.answers.push_back(command);
+                }
+            }
+        }
+    }
+
+    fn settled(&mut self, settled: Settled) {
         if self.online && self.inbox.shared.is_current(settled.generation) {
             let newest = settled.seqs.iter().copied().max().unwrap_or_default();
             settled.seqs.iter().for_each(|&seq| self.acks.insert(seq, seq));
@@ -329,6 +357,13 @@ impl Machine {
             self.unanswered_acks += 1;
             self.push(frame, Pending::Ack(ranges), now);
         }
+        while self.takes_requests()
+            && let Some(command) = self.answers.pop_front()
+        {
+            let frame = self.encode(command);
+            self.unanswered_answers += 1;
+            self.push(frame, Pending::Answer, now);
+        }
         while let Some(frame) = self.frames.front() {
             if !out.is_empty() && out.len() + 1 + frame.len() > MAX_CLIENT_MESSAGE_BYTES {
                 break;
@@ -349,9 +384,12 @@ impl Machine {
             && self.acks_wait.is_none()
     }
 
-    /// Whether the server has every ack durable.
+    /// Whether the server has every ack, and what else the application said of messages, durable.
     pub(crate) fn acks_are_durable(&self) -> bool {
-        self.acks.is_empty() && self.unanswered_acks == 0
+        self.acks.is_empty()
+            && self.unanswered_acks == 0
+            && self.answers.is_empty()
+            && self.unanswered_answers == 0
     }
 
     /// Takes a text message of the server.
@@ -396,21 +434,19 @@ impl Machine {
                     self.queue(Delivery::Channel(events, event));
                 }
             }
-            Event::Inbox(message) => {
-                match self.inbox.shared.take(message.seq, &message.trace, &self.inbox.settle) {
-                    Taken::New(acker) => {
-                        self.queue(Delivery::Inbox(InboxEvent::Message(InboxDelivery {
-                            message: *message,
-                            acker,
-                        })));
-                    }
-                    Taken::Again => {
-                        self.acks.insert(message.seq, message.seq);
-                        self.remember_newest(message.seq, message.trace);
-                    }
-                    Taken::Held => {}
+            Event::Inbox(message) => match self.inbox.shared.take(&message, &self.inbox.settle) {
+                Taken::New(acker) => {
+                    self.queue(Delivery::Inbox(InboxEvent::Message(InboxDelivery {
+                        message: *message,
+                        acker,
+                    })));
                 }
-            }
+                Taken::Again => {
+                    self.acks.insert(message.seq, message.seq);
+                    self.remember_newest(message.seq, message.trace);
+                }
+                Taken::Held => {}
+            },
             Event::Degraded(degraded) => {
                 self.features.send_replace(degraded.features);
                 if let Some(inbox) = &degraded.inbox {
@@ -440,6 +476,7 @@ impl Machine {
         }
         if let Some(discontinuity) = discontinuity {
             self.acks.clear();
+            self.answers.clear();
             self.queue(Delivery::Inbox(InboxEvent::Discontinuity(discontinuity)));
         }
     }
@@ -459,6 +496,13 @@ impl Machine {
                 let _ = answer.send(Err(NotPublished::Failed(PublishError::Refused(error))));
             }
             (Pending::Ack(ranges), answer) => self.ack_answered(&ranges, answer, now),
+            (Pending::Answer, answer) => {
+                self.unanswered_answers -= 1;
+                if let Event::Error(error) = answer {
+                    // Most likely another delivery is in flight by now.
+                    tracing::debug!(error.message, "the server refused the answer to a message");
+                }
+            }
             (Pending::Unsubscribe, _) => {}
             (Pending::Subscribe { .. } | Pending::Publish(_), _) => {
                 return Err(ConnectionError::Protocol("a reply that does not fit its command".to_owned()));

@@ -89,7 +89,7 @@ impl Driver {
                     }
                 },
                 () = self.machine.room() => {}
-                Some(settled) = self.ready.recv() => self.machine.settled(settled),
+                Some(ready) = self.ready.recv(), if self.machine.takes_answers() => self.machine.ready(ready),
                 request = self.requests.recv(), if self.machine.takes_requests() => match request {
                     Some(request) => self.machine.request(request, Instant::now()),
                     None => return Ok(Ended::Asked),
@@ -154,8 +154,8 @@ impl Driver {
     }
 
     async fn settle_up(&mut self, connection: &mut RawConnection) -> Result<(), ConnectionError> {
-        while let Ok(settled) = self.ready.try_recv() {
-            self.machine.settled(settled);
+        while let Ok(ready) = self.ready.try_recv() {
+            self.machine.ready(ready);
         }
         loop {
             let now = Instant::now();

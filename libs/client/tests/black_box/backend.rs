@@ -12,9 +12,11 @@ use sanjay_client::{
     protocol::{ErrorCode, Payload},
 };
 use sanjay_proto::delivery::v1::{
-    Accepted, Error, GetDeliveryRequest, GetDeliveryResponse, GetTraceRequest, GetTraceResponse,
-    PublishRequest, PublishResponse, PublishStreamResponse, SendRequest, SendResponse, SendResult,
-    SendStreamResponse,
+    Accepted, DeadLetter, DeadLetterFilter, Error, GetDeadLetterRequest, GetDeliveryRequest,
+    GetDeliveryResponse, GetTraceRequest, GetTraceResponse, ListDeadLettersRequest, ListDeadLettersResponse,
+    PublishRequest, PublishResponse, PublishStreamResponse, PurgeDeadLettersRequest,
+    PurgeDeadLettersResponse, RedriveDeadLettersRequest, RedriveDeadLettersResponse, SendRequest,
+    SendResponse, SendResult, SendStreamResponse,
     delivery_server::{Delivery, DeliveryServer},
     publish_stream_response, send_result, send_stream_response,
 };
@@ -35,6 +37,8 @@ enum Answer {
 struct Fake {
     answers: Arc<Mutex<VecDeque<Answer>>>,
     asked: Arc<Mutex<Vec<Vec<String>>>>,
+    /// What the next redrive says.
+    redrive: Arc<Mutex<Vec<Result<RedriveDeadLettersResponse, Status>>>>,
 }
 
 impl Fake {
@@ -85,6 +89,7 @@ type Replies<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 impl Delivery for Fake {
     type PublishStreamStream = Replies<PublishStreamResponse>;
     type SendStreamStream = Replies<SendStreamResponse>;
+    type RedriveDeadLettersStream = Replies<RedriveDeadLettersResponse>;
 
     async fn publish(&self, request: Request<PublishRequest>) -> Result<Response<PublishResponse>, Status> {
         let request = request.into_inner();
@@ -134,6 +139,43 @@ impl Delivery for Fake {
         _: Request<GetDeliveryRequest>,
     ) -> Result<Response<GetDeliveryResponse>, Status> {
         Err(Status::not_found("no such message"))
+    }
+
+    async fn list_dead_letters(
+        &self,
+        request: Request<ListDeadLettersRequest>,
+    ) -> Result<Response<ListDeadLettersResponse>, Status> {
+        let ListDeadLettersRequest { filter, page_size, page_token } = request.into_inner();
+        self.answer(vec![filter.unwrap().user])?;
+        let next_page_token = format!("{page_token} and {page_size}");
+        Ok(Response::new(ListDeadLettersResponse { dead_letters: Vec::new(), next_page_token }))
+    }
+
+    async fn get_dead_letter(
+        &self,
+        _: Request<GetDeadLetterRequest>,
+    ) -> Result<Response<DeadLetter>, Status> {
+        Err(Status::not_found("no such letter"))
+    }
+
+    async fn redrive_dead_letters(
+        &self,
+        request: Request<RedriveDeadLettersRequest>,
+    ) -> Result<Response<Self::RedriveDeadLettersStream>, Status> {
+        if request.metadata().contains_key("grpc-timeout") {
+            return Err(Status::invalid_argument("a redrive has no deadline"));
+        }
+        let answers = std::mem::take(&mut *self.redrive.lock().unwrap());
+        Ok(Response::new(Box::pin(futures::stream::iter(answers))))
+    }
+
+    async fn purge_dead_letters(
+        &self,
+        request: Request<PurgeDeadLettersRequest>,
+    ) -> Result<Response<PurgeDeadLettersResponse>, Status> {
+        self.answer(vec![request.into_inner().filter.unwrap().user])?;
+        let more = self.asked.lock().unwrap().len() < 3;
+        Ok(Response::new(PurgeDeadLettersResponse { purged: 2, more }))
     }
 
     async fn get_trace(&self, _: Request<GetTraceRequest>) -> Result<Response<GetTraceResponse>, Status> {
@@ -251,6 +293,57 @@ async fn lookups_say_what_is_there() {
     let (_fake, backend) = start().await;
     assert_eq!(soon(backend.get_delivery("bob", "id")).await.unwrap(), None);
     assert_eq!(soon(backend.get_trace("id")).await.unwrap().missing, ["router"]);
+}
+
+#[tokio::test]
+async fn calls_for_dead_letters_are_repeated_and_go_on_to_the_end() {
+    let (fake, backend) = start().await;
+    let filter = DeadLetterFilter { user: "bob".into(), ..DeadLetterFilter::default() };
+    fake.next([away()]);
+    let page = soon(backend.list_dead_letters(&filter, 7, "token")).await.unwrap();
+    assert_eq!(page.next_page_token, "token and 7");
+    assert_eq!(fake.asked().len(), 2);
+    assert_eq!(soon(backend.get_dead_letter("bob", "id")).await.unwrap(), None);
+    let purge = PurgeDeadLettersRequest { filter: Some(filter), ..PurgeDeadLettersRequest::default() };
+    let counted = PurgeDeadLettersRequest { dry_run: true, ..purge.clone() };
+    let counted = soon(backend.purge_dead_letters(counted)).await.unwrap();
+    assert_eq!(counted, PurgeDeadLettersResponse { purged: 2, more: true });
+    fake.asked();
+    let purged = soon(backend.purge_dead_letters(purge)).await.unwrap();
+    assert_eq!(purged, PurgeDeadLettersResponse { purged: 6, more: false });
+    assert_eq!(fake.asked(), [["bob"]; 3]);
+}
+
+#[tokio::test]
+async fn a_redrive_that_was_cut_off_is_told_from_one_that_is_done() {
+    let (fake, backend) = start().await;
+    let far = |redriven, done| {
+        Ok(RedriveDeadLettersResponse { redriven, done, ..RedriveDeadLettersResponse::default() })
+    };
+    let cases = [
+        (vec![far(1, false), far(2, true)], Ok(())),
+        (vec![far(1, false)], Err("the server ended the redrive early")),
+        (vec![far(1, false), Err(Status::unavailable("the store is away"))], Err("the store is away")),
+    ];
+    for (answers, expected) in cases {
+        let count = answers.iter().filter(|answer| answer.is_ok()).count() as u64;
+        *fake.redrive.lock().unwrap() = answers;
+        let request = RedriveDeadLettersRequest::default();
+        let mut redrive = soon(backend.redrive_dead_letters(request)).await.unwrap();
+        for redriven in 1..=count {
+            assert_eq!(soon(redrive.next()).await.unwrap().unwrap().redriven, redriven);
+        }
+        match (soon(redrive.next()).await, expected) {
+            (None, Ok(())) => {}
+            (Some(Err(error)), Err(text)) => {
+                assert!(matches!(error, BackendError::CutOff(_)), "{error:?}");
+                let error = error.to_string();
+                assert!(error.contains(text) && error.contains("repeat the redrive"), "{error}");
+            }
+            (other, _) => panic!("{other:?}"),
+        }
+        assert_eq!(soon(redrive.next()).await, None);
+    }
 }
 
 #[tokio::test]

@@ -1,4 +1,4 @@
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use sanjay_client::{
@@ -6,6 +6,7 @@ use sanjay_client::{
     InboxDelivery, InboxEvent, InboxStream, Processed,
     protocol::{
         Command, ErrorBody, ErrorCode, Event,
+        command::{Nak, Term, Working},
         event::{Degraded, Empty, InboxState},
     },
 };
@@ -279,4 +280,96 @@ async fn an_ack_that_is_refused_for_now_is_repeated() {
     assert_eq!(again.command, envelope.command);
     peer.push(again.id, Event::Ok(Empty {})).await;
     soon(client.close()).await;
+}
+
+/// An inbox message in another than its first delivery.
+fn again(seq: u64, delivery: u32) -> Event {
+    match inbox(seq) {
+        Event::Inbox(mut message) => {
+            message.delivery = delivery;
+            Event::Inbox(message)
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn a_message_that_is_given_back_comes_again() {
+    let server = Server::start().await;
+    let client = Client::connect(server.options()).await.unwrap();
+    let mut peer = server.welcome(welcome_with_inbox("e1", 0, 2)).await;
+    let mut stream = client.inbox().unwrap();
+    push(&mut peer, [1, 2]).await;
+    let (first, second) = (next(&mut stream).await, next(&mut stream).await);
+    soon(first.acker.nak(Duration::from_millis(1_500), "busy")).await.unwrap();
+    let Command::Nak(nak) = peer.command().await.command else { panic!("no nak") };
+    assert_eq!(nak, Nak { seq: 1, delivery: 1, delay_ms: 1_500, reason: "busy".into() });
+    soon(second.acker.term("broken")).await.unwrap();
+    let Command::Term(term) = peer.command().await.command else { panic!("no term") };
+    assert_eq!(term, Term { seq: 2, delivery: 1, reason: "broken".into() });
+    peer.push(None, again(1, 2)).await;
+    let first = next(&mut stream).await;
+    assert_eq!((first.message.seq, first.message.delivery), (1, 2));
+    soon(first.acker.ack()).await.unwrap();
+    assert_eq!(peer.ack().await, [(1, 1)]);
+}
+
+#[tokio::test]
+async fn who_works_for_long_answers_the_newest_delivery() {
+    let server = Server::start().await;
+    let client = Client::connect(server.options()).await.unwrap();
+    let mut peer = server.welcome(welcome_with_inbox("e1", 0, 1)).await;
+    let mut stream = client.inbox().unwrap();
+    push(&mut peer, [1]).await;
+    let first = next(&mut stream).await;
+    soon(first.acker.working()).await.unwrap();
+    let working = peer.command().await;
+    assert_eq!(working.command, Command::Working(Working { seq: 1, delivery: 1 }));
+    // A refusal, such as of a delivery that is over, ends nothing.
+    let stale = ErrorBody::new(ErrorCode::BadRequest, "delivery 1 is over");
+    peer.push_all([(working.id, Event::Error(stale)), (None, again(1, 2)), (None, Event::Ping)]).await;
+    assert_eq!(
+        peer.command().await.command,
+        Command::Ping,
+        "the redelivery was taken, and nobody else got it"
+    );
+    soon(first.acker.nak(Duration::ZERO, "")).await.unwrap();
+    let Command::Nak(nak) = peer.command().await.command else { panic!("no nak") };
+    assert_eq!((nak.seq, nak.delivery), (1, 2));
+}
+
+#[tokio::test]
+async fn what_is_out_of_bounds_is_not_sent() {
+    let server = Server::start().await;
+    let client = Client::connect(server.options()).await.unwrap();
+    let mut peer = server.welcome(welcome_with_inbox("e1", 0, 3)).await;
+    let mut stream = client.inbox().unwrap();
+    push(&mut peer, [1, 2, 3]).await;
+    let (first, second) = (next(&mut stream).await, next(&mut stream).await);
+    let error = soon(first.acker.nak(Duration::from_secs(86_401), "")).await.unwrap_err();
+    assert_eq!(error.to_string(), "not given back: delay_ms is 86401000; 0 to 86400000 are allowed");
+    let error = soon(second.acker.term(&"x".repeat(201))).await.unwrap_err();
+    assert_eq!(error.to_string(), "not given back: reason has 201 bytes; at most 200 are allowed");
+    soon(next(&mut stream).await.acker.ack()).await.unwrap();
+    assert_eq!(peer.ack().await, [(3, 3)], "nothing came before it");
+}
+
+#[tokio::test]
+async fn closing_waits_for_what_is_given_back() {
+    let server = Server::start().await;
+    let client = Client::connect(server.options()).await.unwrap();
+    let mut peer = server.welcome(welcome_with_inbox("e1", 0, 1)).await;
+    let mut stream = client.inbox().unwrap();
+    push(&mut peer, [1]).await;
+    soon(next(&mut stream).await.acker.nak(Duration::ZERO, "")).await.unwrap();
+    let closing = tokio::spawn({
+        let client = client.clone();
+        async move { client.close().await }
+    });
+    let nak = peer.command().await;
+    assert!(matches!(nak.command, Command::Nak(_)), "{nak:?}");
+    assert!(!closing.is_finished(), "the client waits for the answer");
+    peer.push(nak.id, Event::Ok(Empty {})).await;
+    assert!(peer.next().await.is_none());
+    soon(closing).await.unwrap();
 }

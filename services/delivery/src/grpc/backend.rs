@@ -4,8 +4,10 @@ use std::{collections::HashSet, future::ready, sync::Arc, time::Duration};
 
 use futures::{FutureExt, future::BoxFuture};
 use sanjay_proto::delivery::v1::{
-    Accepted, DeliveryState, GetDeliveryRequest, GetDeliveryResponse, GetTraceRequest, GetTraceResponse,
-    PublishRequest, PublishResponse, PublishStreamResponse, SendRequest, SendResponse, SendResult,
+    Accepted, DeadLetter, DeliveryState, GetDeadLetterRequest, GetDeliveryRequest, GetDeliveryResponse,
+    GetTraceRequest, GetTraceResponse, ListDeadLettersRequest, ListDeadLettersResponse, PublishRequest,
+    PublishResponse, PublishStreamResponse, PurgeDeadLettersRequest, PurgeDeadLettersResponse,
+    RedriveDeadLettersRequest, RedriveDeadLettersResponse, SendRequest, SendResponse, SendResult,
     SendStreamResponse, delivery_server::Delivery, publish_stream_response, send_result,
     send_stream_response,
 };
@@ -16,11 +18,12 @@ use tonic::{Request, Response, Status, Streaming};
 use uuid::Uuid;
 
 use super::{
-    Refusal,
+    Refusal, dead,
     stream::{Answers, pipelined},
 };
 use crate::{
     auth::Caller,
+    dead::DeadLetters,
     inbox::{Inbox, Send},
     metrics::Metrics,
     path::Paths,
@@ -31,6 +34,7 @@ use crate::{
 #[derive(Clone)]
 pub(crate) struct BackendApi {
     pub(crate) inbox: Inbox,
+    pub(crate) dead_letters: DeadLetters,
     pub(crate) publisher: Publisher,
     pub(crate) paths: Paths,
     pub(crate) metrics: Metrics,
@@ -98,6 +102,7 @@ impl BackendApi {
 impl Delivery for BackendApi {
     type PublishStreamStream = Answers<PublishStreamResponse>;
     type SendStreamStream = Answers<SendStreamResponse>;
+    type RedriveDeadLettersStream = Answers<RedriveDeadLettersResponse>;
 
     async fn publish(&self, request: Request<PublishRequest>) -> Result<Response<PublishResponse>, Status> {
         let parent = extract(request.metadata());
@@ -164,6 +169,36 @@ impl Delivery for BackendApi {
         }))
     }
 
+    async fn list_dead_letters(
+        &self,
+        request: Request<ListDeadLettersRequest>,
+    ) -> Result<Response<ListDeadLettersResponse>, Status> {
+        Ok(Response::new(dead::list(self, request.into_inner()).await?))
+    }
+
+    async fn get_dead_letter(
+        &self,
+        request: Request<GetDeadLetterRequest>,
+    ) -> Result<Response<DeadLetter>, Status> {
+        Ok(Response::new(dead::get(self, request.into_inner()).await?))
+    }
+
+    async fn redrive_dead_letters(
+        &self,
+        request: Request<RedriveDeadLettersRequest>,
+    ) -> Result<Response<Self::RedriveDeadLettersStream>, Status> {
+        let caller = caller(&request)?;
+        Ok(Response::new(dead::redrive(self, request.into_inner(), caller)?))
+    }
+
+    async fn purge_dead_letters(
+        &self,
+        request: Request<PurgeDeadLettersRequest>,
+    ) -> Result<Response<PurgeDeadLettersResponse>, Status> {
+        let caller = caller(&request)?;
+        Ok(Response::new(dead::purge(self, request.into_inner(), &caller).await?))
+    }
+
     async fn get_trace(
         &self,
         request: Request<GetTraceRequest>,
@@ -216,7 +251,7 @@ fn checked_send(request: SendRequest, caller: Arc<str>, parent: String) -> Resul
     Ok(Send { caller, users, payload, dedupe_key, parent })
 }
 
-fn checked_message_id(text: &str) -> Result<Uuid, Refusal> {
+pub(super) fn checked_message_id(text: &str) -> Result<Uuid, Refusal> {
     Uuid::try_parse(text).map_err(|error| {
         let example = "01890a5d-ac96-774b-bcce-b302099a8057";
         Refusal::bad(format!("message_id {text:?} is not a UUID ({error}); write it like {example}"))

@@ -5,22 +5,30 @@ use std::time::Duration;
 use sanjay_proto::{
     client::v1::SeqRange,
     edge::v1::{
-        AckRequest, AckResponse, InboxError, InboxPage, ReadInboxRequest, ReadInboxResponse, UserAck,
-        UserAckResult, inbox_server::Inbox as InboxService,
+        AckRequest, AckResponse, FailedAttempt, FailureKind as Kind, InboxError, InboxPage, ReadInboxRequest,
+        ReadInboxResponse, Rewritten, UserAck, UserAckResult, inbox_server::Inbox as InboxService,
     },
 };
-use sanjay_protocol::{ErrorCode, limits::MAX_ACK_RANGES, names};
+use sanjay_protocol::{
+    ErrorCode,
+    limits::{MAX_ACK_RANGES, MAX_NAK_DELAY_MS, MAX_REASON_BYTES},
+    names,
+};
 use tonic::{Request, Response, Status};
+use uuid::Uuid;
 
 use super::Refusal;
 use crate::{
     inbox::Inbox,
     spans::AckTrace,
-    store::{Acked, InboxQuery, MAX_SETTLED_RANGES, Page, Settle, StoreError},
+    store::{Acked, Failure, FailureKind, InboxQuery, MAX_SETTLED_RANGES, Page, Settle, StoreError},
 };
 
 /// Most queries or acks of one call.
 const MAX_ENTRIES: usize = 500;
+
+/// Most redeliveries, and most failed attempts, of one entry.
+const MAX_ATTEMPTS: usize = 256;
 
 /// The edges' API.
 #[derive(Clone)]
@@ -43,7 +51,12 @@ impl InboxService for EdgeApi {
         }
         let queries = queries
             .into_iter()
-            .map(|query| InboxQuery { user: query.user, after: query.after, limit: query.limit as usize })
+            .map(|query| InboxQuery {
+                user: query.user,
+                after: query.after,
+                limit: query.limit as usize,
+                only: Vec::new(),
+            })
             .collect();
         let pages = tokio::time::timeout(self.deadline, self.inbox.read(queries)).await;
         let pages = pages.map_err(|_| Refusal::late(self.deadline))?;
@@ -51,13 +64,20 @@ impl InboxService for EdgeApi {
     }
 
     async fn ack(&self, request: Request<AckRequest>) -> Result<Response<AckResponse>, Status> {
-        let acks = request.into_inner().acks;
+        let AckRequest { acks, edge } = request.into_inner();
         check_count("acks", acks.len())?;
+        names::check_optional("edge", &edge).map_err(Refusal::from)?;
+        // Next attempts are due by the store's clock.
+        let now_us = self.inbox.store.clock().now_us();
         let mut reported = Vec::new();
         let mut settles = Vec::with_capacity(acks.len());
         let mut traces = Vec::with_capacity(acks.len());
         for mut ack in acks {
             check_ack(&ack)?;
+            let session = checked_session(&ack.session)?;
+            let failed = std::mem::take(&mut ack.failed).into_iter();
+            let failed = failed.map(|failed| checked_failure(failed, &edge, session, now_us));
+            let failed = failed.collect::<Result<_, _>>()?;
             reported.append(&mut ack.milestones);
             let seq = ack.acked.iter().map(|range| range.to).max().unwrap_or_default();
             traces.push(AckTrace { seq, trace: std::mem::take(&mut ack.trace) });
@@ -66,6 +86,12 @@ impl InboxService for EdgeApi {
                 epoch: ack.epoch,
                 ranges: ack.acked,
                 written: ack.written,
+                rewritten: ack
+                    .rewritten
+                    .into_iter()
+                    .map(|Rewritten { seq, delivery }| (seq, delivery))
+                    .collect(),
+                failed,
             });
         }
         let results = tokio::time::timeout(self.deadline, self.inbox.ack(settles, traces, reported)).await;
@@ -87,12 +113,69 @@ fn check_ack(ack: &UserAck) -> Result<(), Refusal> {
         let count = ack.acked.len();
         return Err(Refusal::bad(format!("acked has {count} ranges; at most {MAX_ACK_RANGES} are allowed")));
     }
+    for (field, count) in [("rewritten", ack.rewritten.len()), ("failed", ack.failed.len())] {
+        if count > MAX_ATTEMPTS {
+            return Err(Refusal::bad(format!(
+                "{field} has {count} entries; at most {MAX_ATTEMPTS} are allowed for a user"
+            )));
+        }
+    }
+    for Rewritten { seq, delivery } in &ack.rewritten {
+        check_delivery("rewritten", *seq, *delivery)?;
+    }
     match ack.acked.iter().find(|range| range.from == 0 || range.from > range.to) {
         Some(SeqRange { from, to }) => Err(Refusal::bad(format!(
             "acked has the range {from} to {to}; a range begins at 1 or above and ends no lower"
         ))),
         None => Ok(()),
     }
+}
+
+fn check_delivery(field: &str, seq: u64, delivery: u32) -> Result<(), Refusal> {
+    if seq == 0 || delivery == 0 {
+        return Err(Refusal::bad(format!("{field} has seq {seq}, delivery {delivery}; both count from 1")));
+    }
+    Ok(())
+}
+
+fn checked_session(session: &[u8]) -> Result<Option<Uuid>, Refusal> {
+    if session.is_empty() {
+        return Ok(None);
+    }
+    Uuid::from_slice(session).map(Some).map_err(|_| {
+        Refusal::bad(format!("session has {} bytes; it is the 16 bytes of a UUID, or empty", session.len()))
+    })
+}
+
+fn checked_failure(
+    failed: FailedAttempt,
+    edge: &str,
+    session: Option<Uuid>,
+    time_us: u64,
+) -> Result<Failure, Refusal> {
+    let kind = failed.kind();
+    let FailedAttempt { seq, delivery, delay_ms, reason, .. } = failed;
+    check_delivery("failed", seq, delivery)?;
+    if delay_ms > MAX_NAK_DELAY_MS {
+        return Err(Refusal::bad(format!(
+            "failed has the delay_ms {delay_ms}; at most {MAX_NAK_DELAY_MS} are allowed"
+        )));
+    }
+    if reason.len() > MAX_REASON_BYTES || reason.contains(char::is_control) {
+        return Err(Refusal::bad(format!(
+            "failed has a reason of {} bytes; at most {MAX_REASON_BYTES} without control characters are allowed",
+            reason.len()
+        )));
+    }
+    let kind = match kind {
+        Kind::Nak => FailureKind::Nak(Duration::from_millis(delay_ms.into())),
+        Kind::Deadline => FailureKind::Deadline,
+        Kind::Term => FailureKind::Term,
+        Kind::Unspecified => {
+            return Err(Refusal::bad("failed has no kind that is known here; NAK, DEADLINE and TERM are"));
+        }
+    };
+    Ok(Failure { seq, delivery, kind, time_us, edge: edge.to_owned(), session, reason })
 }
 
 fn page(page: Result<Page, StoreError>) -> InboxPage {

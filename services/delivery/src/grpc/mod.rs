@@ -1,10 +1,12 @@
 //! The gRPC services: check, convert, call, map errors.
 
 mod backend;
+mod dead;
 mod inbox;
 mod stream;
 #[cfg(test)]
 mod tests;
+mod token;
 
 use std::time::Duration;
 
@@ -16,6 +18,7 @@ use tonic::{Code, Status};
 
 use crate::{
     publish::PublishError,
+    redrive::RedriveError,
     store::{AppendError, StoreError},
 };
 
@@ -44,6 +47,16 @@ impl Refusal {
             "no answer within {deadline:?}; whether it was done is unknown: repeat the call with the same dedupe_key"
         );
         Self::new(ErrorCode::Unavailable, message)
+    }
+}
+
+impl From<RedriveError> for Refusal {
+    fn from(error: RedriveError) -> Self {
+        let code = match &error {
+            RedriveError::NotFound(..) => ErrorCode::NotFound,
+            RedriveError::Store(error) => error.code(),
+        };
+        Self::new(code, error.to_string())
     }
 }
 

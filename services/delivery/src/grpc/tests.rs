@@ -1,5 +1,7 @@
 //! The services over loopback, with a router that only remembers what it was asked.
 
+mod dead;
+
 use std::{
     net::SocketAddr,
     sync::{
@@ -214,7 +216,13 @@ impl Node {
     async fn ack(&self, user: &str, epoch: u64, ranges: &[(u64, u64)], written: u64) -> UserAckResult {
         let acked = ranges.iter().map(|&(from, to)| SeqRange { from, to }).collect();
         let ack = UserAck { user: user.into(), epoch, acked, written, ..UserAck::default() };
-        self.inbox().ack(AckRequest { acks: vec![ack] }).await.unwrap().into_inner().results.remove(0)
+        self.inbox()
+            .ack(AckRequest { acks: vec![ack], edge: String::new() })
+            .await
+            .unwrap()
+            .into_inner()
+            .results
+            .remove(0)
     }
 }
 
@@ -504,7 +512,7 @@ async fn bad_edge_calls_are_refused(node: &Node) {
     let ack =
         |from, to| UserAck { user: "bob".into(), acked: vec![SeqRange { from, to }], ..UserAck::default() };
     for acks in [vec![ack(1, 1); 501], vec![ack(0, 1)], vec![ack(2, 1)], vec![UserAck::default()]] {
-        let status = node.inbox().ack(AckRequest { acks }).await.unwrap_err();
+        let status = node.inbox().ack(AckRequest { acks, edge: String::new() }).await.unwrap_err();
         assert_eq!(status.code(), Code::InvalidArgument);
     }
 }

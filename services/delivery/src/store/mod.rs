@@ -5,13 +5,19 @@
 //!   message that exists. A message is settled, its receipt written and its inbox's counters raised in one step.
 //! - **Ordered.** The methods submit when they are called, not when the returned future is polled. Messages of
 //!   one `append`, and of appends that one task calls one after the other, get ascending numbers per user.
+//! - **Dead letters.** From when the failure is noted that ends a message, nothing but a dead letter becomes of it: no
+//!   reader gets it, and no ack counts. Its letter is there before it is settled as dead; what a crash leaves between the
+//!   two is finished by the next claim, or by the next ack in its inbox.
 //! - **Idempotent.** Settling what is settled changes nothing. Appending again with a dedupe key gives the first
 //!   answer.
 //! - **Bounded.** Submitting never waits; a store with too much to do answers [`StoreError::Busy`].
 //! - **Unknown outcomes.** After [`StoreError::Unavailable`] an append may have happened or not; repeating it
 //!   with the same dedupe key is safe.
 
+mod attempts;
 mod audit;
+mod dead;
+mod due;
 mod epoch;
 mod location;
 pub mod mongodb;
@@ -22,7 +28,9 @@ pub(crate) mod suite;
 
 use std::{sync::Arc, time::Duration};
 
+pub use attempts::{Attempts, Failure, FailureKind, MAX_FAILED, MAX_FAILURES, Verdict};
 pub use audit::{AuditPage, Finding};
+pub use dead::{DeadFilter, DeadLetter, DeadPage, DeadPosition, DeadReason};
 use futures::future::BoxFuture;
 pub use location::{Database, Location, LocationError};
 use sanjay_proto::client::v1::{InboxMessage, Payload, SeqRange};
@@ -132,6 +140,19 @@ pub struct InboxQuery {
     pub after: Option<u64>,
     /// At most so many messages, bounded to [`MAX_PAGE_MESSAGES`]; 0 reads the head alone.
     pub limit: usize,
+    /// When not empty: return those of these seqs that are unsettled, ascending and also when they wait for their next
+    /// attempt, as far as a page has room; `after` and `limit` do not matter, and `covers` says nothing.
+    pub only: Vec<u64>,
+}
+
+impl InboxQuery {
+    /// [`InboxQuery::only`], ascending and each once.
+    fn only_seqs(&self) -> Vec<u64> {
+        let mut seqs = self.only.clone();
+        seqs.sort_unstable();
+        seqs.dedup();
+        seqs
+    }
 }
 
 /// Part of an inbox.
@@ -146,12 +167,13 @@ pub struct Page {
     /// The head when all that is unsettled above `after` is in `messages`, else the last seq in it, or `after`
     /// when there is none because of a bound.
     pub covers: u64,
-    /// Unsettled messages in ascending seq; `delivery` is 1.
+    /// Unsettled messages in ascending seq with the number of their newest delivery. One that waits for its next attempt
+    /// is left out although `covers` may pass it: it comes by itself when it is due.
     pub messages: Vec<InboxMessage>,
 }
 
 /// What to settle and to note in one inbox.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Settle {
     /// Whose inbox.
     pub user: String,
@@ -162,6 +184,10 @@ pub struct Settle {
     /// Everything up to it was written to a socket of the user; 0 when there is nothing to note. A hint: it may
     /// be forgotten after a crash.
     pub written: u64,
+    /// Redeliveries that were written to a socket, as (seq, delivery).
+    pub rewritten: Vec<(u64, u32)>,
+    /// Deliveries that failed. Applied after `ranges`.
+    pub failed: Vec<Failure>,
 }
 
 /// The answer to one [`Settle`].
@@ -174,6 +200,8 @@ pub struct Acked {
     /// How many ranges were refused because the inbox would have too many settled ranges above its mark. Their
     /// messages stay unsettled and are delivered again.
     pub refused: usize,
+    /// Failures that were taken, with what follows for each message; those that were ignored are not among them.
+    pub failed: Vec<(u64, Verdict)>,
 }
 
 /// Most messages that one [`Acked`] names.
@@ -218,7 +246,12 @@ pub struct DueInbox {
     pub attempt: u32,
     /// Everything up to it is settled or written.
     pub after: u64,
+    /// Messages whose next attempt is due, as (seq, delivery), in ascending seq; at most [`MAX_RETRIES`].
+    pub retries: Vec<(u64, u32)>,
 }
+
+/// Most messages of one claim whose next attempt is due; others follow with the next claim.
+pub const MAX_RETRIES: usize = 64;
 
 /// What follows for a claimed inbox.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -231,7 +264,7 @@ pub struct Rearm {
     pub next: Next,
 }
 
-/// When a claimed inbox is due again.
+/// When a claimed inbox is due again, unless the attempts of its messages make it due earlier.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Next {
     /// At a time.
@@ -241,7 +274,8 @@ pub enum Next {
         /// The attempt count to keep.
         attempt: u32,
     },
-    /// Not before something arms it: its user is known to be offline.
+    /// Not before something arms it: its user is known to be offline. The messages of the claim's `retries` wait no
+    /// longer; a reader gets them.
     Parked,
 }
 
@@ -254,6 +288,8 @@ pub struct Stats {
     pub unsettled: u64,
     /// Inboxes that wait for redelivery.
     pub armed: u64,
+    /// Dead letters, those that were sent again included.
+    pub dead_letters: u64,
 }
 
 /// Where inboxes live. See the module's documentation for what holds for every method.
@@ -295,6 +331,32 @@ pub trait InboxStore: Send + Sync + 'static {
     /// Says what follows for claimed inboxes.
     fn rearm(&self, rearms: Vec<Rearm>) -> BoxFuture<'static, Result<(), StoreError>>;
 
+    /// Dead letters that match, the newest first, above a page's end; at most `limit`, at least one.
+    fn dead_letters(
+        &self,
+        filter: DeadFilter,
+        after: Option<DeadPosition>,
+        limit: usize,
+    ) -> BoxFuture<'static, Result<DeadPage, StoreError>>;
+
+    /// One dead letter with its payload.
+    fn dead_letter(
+        &self,
+        user: String,
+        message_id: Uuid,
+    ) -> BoxFuture<'static, Result<Option<DeadLetter>, StoreError>>;
+
+    /// Notes that a dead letter was sent again. `Ok(false)` when there is no such dead letter.
+    fn redriven(
+        &self,
+        user: String,
+        message_id: Uuid,
+        sent_as: Uuid,
+    ) -> BoxFuture<'static, Result<bool, StoreError>>;
+
+    /// Removes dead letters, (user, message id) each; those that are not there count as not removed.
+    fn purge(&self, letters: Vec<(String, Uuid)>) -> BoxFuture<'static, Result<u64, StoreError>>;
+
     /// Removes up to `limit` receipts and dedupe keys that are past their time at `now_us`; returns how many
     /// were removed. An adapter whose database does this by itself returns 0, and until then hides them.
     fn sweep(&self, now_us: u64, limit: usize) -> BoxFuture<'static, Result<usize, StoreError>>;
@@ -334,6 +396,8 @@ pub struct StoreOptions {
     pub on_commit: Arc<dyn CommitSink>,
     /// Most unsettled messages of one inbox.
     pub max_unsettled: u64,
+    /// How many attempts of a message may fail before it becomes a dead letter; at least 1.
+    pub max_attempts: u32,
     /// Wall clock, for due and settled times.
     pub clock: SharedClock,
     /// For the store's identity.

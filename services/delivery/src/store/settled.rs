@@ -33,6 +33,12 @@ impl Settled {
         &self.ranges
     }
 
+    /// Whether a seq is settled.
+    #[must_use]
+    pub fn holds(&self, seq: u64) -> bool {
+        seq <= self.mark || self.ranges.iter().any(|&(from, to)| (from..=to).contains(&seq))
+    }
+
     /// Settles `from..=to` and returns the parts of it that were not settled before, ascending.
     ///
     /// # Errors
@@ -106,6 +112,7 @@ mod tests {
                     .chain(settled.ranges().iter().flat_map(|&(from, to)| from..=to))
                     .collect();
                 prop_assert_eq!(&all, &model);
+                prop_assert!((1..100).all(|seq| settled.holds(seq) == model.contains(&seq)));
                 let mut before = settled.mark();
                 for &(from, to) in settled.ranges() {
                     prop_assert!(from > before + 1 && to >= from);

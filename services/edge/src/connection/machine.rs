@@ -3,22 +3,27 @@
 //! Pure: no socket, no clock and no randomness of its own, so that tests drive it with any sequence of inputs.
 //! The shard carries the effects out (`shard/effects.rs`) and feeds the answers back in.
 
+mod answers;
+
 use std::{borrow::Cow, rc::Rc, time::Duration};
 
-use sanjay_proto::{client::v1::InboxMessage, edge::v1::InboxPage};
+use sanjay_proto::{
+    client::v1::InboxMessage,
+    edge::v1::{FailedAttempt, InboxPage},
+};
 use sanjay_protocol::{
     CloseCode, Command, ErrorBody, ErrorCode, Event, EventEnvelope,
-    command::{Ack, Credit, Envelope, Hello, Publish},
+    command::{Credit, Envelope, Hello, Publish},
     event::{Degraded, Empty, InboxState, Limits, Published, Subscribed, Welcome},
     json::Refused,
     limits,
     token::{Action, Capabilities, Claims},
 };
-use sanjay_runtime::trace::{TRACEPARENT_LEN, is_sampled};
 use uuid::Uuid;
 
 use crate::{
     inbox::{Cursor, Position, Step},
+    shard::wheel::Tick,
     verifier::{TokenVerifier, VerifyError},
 };
 
@@ -36,6 +41,8 @@ pub trait Surroundings {
     fn intern(&self, capabilities: Capabilities) -> Rc<Capabilities>;
     /// What `welcome` says of this edge.
     fn terms(&self) -> Terms;
+    /// When an ack deadline that begins now ends.
+    fn ack_due(&self) -> Tick;
 }
 
 /// What `welcome` says of an edge.
@@ -67,10 +74,12 @@ pub enum Input {
     LeftUnconfirmed(Option<u64>),
     /// Answers [`Effect::Publish`].
     Published(Option<u64>, Result<Published, ErrorBody>),
-    /// Answers [`Effect::Ack`] with the same id.
+    /// Answers [`Effect::Ack`] and [`Effect::Fail`] with the same id.
     Acked(Option<u64>, Result<(), ErrorBody>),
-    /// A message was committed to the inbox with this epoch.
+    /// A message was committed to the inbox with this epoch, or is to be delivered again.
     Hint(u64, InboxMessage),
+    /// The client was alive at this time, and everything that it had sent by then was taken.
+    Alive(Tick),
     /// Hints may have been lost.
     Resync,
     /// The time of [`Effect::ArmInbox`] has passed.
@@ -114,6 +123,22 @@ pub enum Effect {
         ranges: Vec<(u64, u64)>,
         /// What the client returned of the newest one's trace; empty when that is not recorded.
         trace: String,
+    },
+    /// Have an inbox message delivered again, or given up; answered by [`Input::Acked`] with the same id.
+    Fail {
+        /// The command's id.
+        id: Option<u64>,
+        /// The inbox.
+        epoch: u64,
+        /// What failed.
+        failed: FailedAttempt,
+    },
+    /// The ack deadlines of these deliveries have passed.
+    Overdue {
+        /// The inbox.
+        epoch: u64,
+        /// What failed.
+        failed: Vec<FailedAttempt>,
     },
     /// End the connection.
     Close(CloseCode, Cow<'static, str>),
@@ -224,6 +249,12 @@ impl Machine {
         self.inbox.as_deref()
     }
 
+    /// The same, for whoever knows what became of its messages.
+    #[must_use]
+    pub fn inbox_mut(&mut self) -> Option<&mut Cursor> {
+        self.inbox.as_deref_mut()
+    }
+
     /// Takes what happened and appends what to do.
     pub fn on(&mut self, input: Input, around: &dyn Surroundings, effects: &mut Vec<Effect>) {
         if self.phase == Phase::Closed {
@@ -268,6 +299,7 @@ impl Machine {
             Input::Hint(epoch, message) => {
                 self.with_inbox(around, effects, |cursor, steps| cursor.on_hint(epoch, message, steps));
             }
+            Input::Alive(now) => self.on_alive(now, around, effects),
             Input::Resync => self.with_inbox(around, effects, Cursor::resync),
             Input::InboxTimer => self.with_inbox(around, effects, Cursor::on_timer),
         }
@@ -312,6 +344,9 @@ impl Machine {
                 }
             }
             (_, Command::Ack(ack)) => self.on_ack(id, ack, around, effects),
+            (_, Command::Nak(nak)) => self.on_nak(id, nak, around, effects),
+            (_, Command::Term(term)) => self.on_term(id, term, around, effects),
+            (_, Command::Working(working)) => self.on_working(id, working, around, effects),
             (_, Command::Credit(credit)) => self.on_credit(id, credit, around, effects),
         }
     }
@@ -410,32 +445,6 @@ impl Machine {
         self.subscriptions += 1;
         self.outstanding += 1;
         effects.push(Effect::Join(id, channel));
-    }
-
-    fn on_ack(&mut self, id: Option<u64>, ack: Ack, around: &dyn Surroundings, effects: &mut Vec<Effect>) {
-        let Some(epoch) = self.inbox.as_ref().and_then(|cursor| cursor.epoch()) else {
-            let why = "nothing to ack: this connection has no inbox (credit 0), or the inbox is away";
-            return send(id, Event::Error(ErrorBody::new(ErrorCode::BadRequest, why)), effects);
-        };
-        let mut ranges = Vec::new();
-        let mut forward = Vec::new();
-        std::mem::swap(effects, &mut forward);
-        self.with_inbox(around, &mut forward, |cursor, steps| ranges = cursor.on_ack(&ack.ranges, steps));
-        std::mem::swap(effects, &mut forward);
-        if !ranges.is_empty() {
-            self.outstanding += 1;
-            // A client's text goes no further unless it is what the edge gave it.
-            let trace = if is_sampled(&ack.trace) && ack.trace.len() == TRACEPARENT_LEN {
-                ack.trace
-            } else {
-                String::new()
-            };
-            effects.push(Effect::Ack { id, epoch, ranges, trace });
-        } else if id.is_some() {
-            let why = "nothing in these ranges was sent on this connection; ack what it was sent";
-            send(id, Event::Error(ErrorBody::new(ErrorCode::BadRequest, why)), effects);
-        }
-        effects.append(&mut forward);
     }
 
     fn on_credit(

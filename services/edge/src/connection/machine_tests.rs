@@ -1,8 +1,9 @@
 use std::{cell::Cell, collections::BTreeMap};
 
 use proptest::prelude::*;
+use sanjay_proto::edge::v1::FailureKind;
 use sanjay_protocol::{
-    command::{Ack, Credit, Hello, Subscribe, Unsubscribe},
+    command::{Ack, Credit, Hello, Nak, Subscribe, Term, Unsubscribe, Working},
     payload::Payload,
 };
 
@@ -53,6 +54,9 @@ impl Surroundings for Around {
     }
     fn terms(&self) -> Terms {
         Terms { heartbeat: Duration::from_secs(25), reconnect_spread: Duration::from_secs(5) }
+    }
+    fn ack_due(&self) -> Tick {
+        500
     }
 }
 
@@ -279,6 +283,86 @@ fn an_ack_settles_what_was_pushed() {
     assert_eq!(error_code(&on(&mut machine, ack(Some(6), 3, 3))), Some(ErrorCode::BadRequest));
 }
 
+/// A machine that was sent two messages, whose deadlines end at tick 400.
+fn sent() -> Machine {
+    let mut machine = ready("good");
+    machine.inbox_mut().expect("an inbox").on_handed(2, crate::in_flight::Written::Until(400));
+    machine
+}
+
+fn error_text(effects: &[Effect]) -> &str {
+    match effects {
+        [Effect::Send(EventEnvelope { event: Event::Error(error), .. })] => &error.message,
+        _ => panic!("{effects:?}"),
+    }
+}
+
+#[test]
+fn nak_and_term_give_a_delivery_back() {
+    let mut machine = sent();
+    let nak = |seq, delivery| Command::Nak(Nak { seq, delivery, delay_ms: 70, reason: "busy".into() });
+    let attempt = |seq, kind: FailureKind, delay_ms| FailedAttempt {
+        seq,
+        delivery: 1,
+        kind: kind.into(),
+        delay_ms,
+        reason: "busy".into(),
+    };
+    let failed = attempt(1, FailureKind::Nak, 70);
+    assert_eq!(on(&mut machine, command(5, nak(1, 1))), [Effect::Fail { id: Some(5), epoch: 7, failed }]);
+    let ok = [Effect::Send(EventEnvelope { id: Some(5), event: Event::Ok(Empty {}) })];
+    assert_eq!(on(&mut machine, Input::Acked(Some(5), Ok(()))), ok);
+    let term = Command::Term(Term { seq: 2, delivery: 1, reason: "busy".into() });
+    let failed = attempt(2, FailureKind::Term, 0);
+    let term = Input::Command(Envelope { id: None, command: term });
+    assert_eq!(on(&mut machine, term), [Effect::Fail { id: None, epoch: 7, failed }]);
+}
+
+#[test]
+fn a_stale_delivery_is_ignored_and_explained_to_who_asks() {
+    let mut machine = sent();
+    let nak = |seq, delivery| Command::Nak(Nak { seq, delivery, delay_ms: 0, reason: String::new() });
+    let working = |seq, delivery| Command::Working(Working { seq, delivery });
+    let silent = Input::Command(Envelope { id: None, command: nak(1, 2) });
+    assert_eq!(on(&mut machine, silent), []);
+    let says = |machine: &mut Machine, asked| error_text(&on(machine, command(6, asked))).to_owned();
+    assert!(says(&mut machine, nak(1, 2)).contains("the one in flight, which is 1"));
+    assert!(says(&mut machine, nak(3, 1)).contains("seq 3 was not sent on this connection"));
+    on(&mut machine, command(7, nak(1, 1)));
+    assert!(says(&mut machine, nak(1, 1)).contains("delivery 1 failed already"));
+    assert!(says(&mut machine, working(1, 1)).contains("delivery 1 failed already"));
+    on(&mut machine, command(8, Command::Ack(Ack { ranges: vec![(1, 1)], trace: String::new() })));
+    assert!(says(&mut machine, nak(1, 1)).contains("it was acknowledged here"));
+    let mut without = self::machine();
+    on(&mut without, hello("good", Some(0)));
+    on(&mut without, Input::SessionOpened(Ok(())));
+    assert!(says(&mut without, nak(1, 1)).contains("no inbox (credit 0)"));
+    assert!(says(&mut without, working(1, 1)).contains("no inbox (credit 0)"));
+}
+
+#[test]
+fn what_a_living_client_lets_pass_has_failed() {
+    let mut machine = sent();
+    let working = Command::Working(Working { seq: 2, delivery: 1 });
+    let ok = [Effect::Send(EventEnvelope { id: Some(5), event: Event::Ok(Empty {}) })];
+    assert_eq!(on(&mut machine, command(5, working)), ok);
+    assert_eq!(on(&mut machine, Input::Alive(399)), []);
+    let overdue = |seq| {
+        let failed = vec![FailedAttempt {
+            seq,
+            delivery: 1,
+            kind: FailureKind::Deadline.into(),
+            ..FailedAttempt::default()
+        }];
+        [Effect::Overdue { epoch: 7, failed }]
+    };
+    assert_eq!(on(&mut machine, Input::Alive(400)), overdue(1));
+    assert_eq!(on(&mut machine, Input::Alive(499)), []);
+    assert_eq!(on(&mut machine, Input::Alive(500)), overdue(2));
+    let again = InboxMessage { seq: 1, delivery: 2, ..InboxMessage::default() };
+    assert_eq!(on(&mut machine, Input::Hint(7, again.clone())), [Effect::PushInbox(again)]);
+}
+
 #[test]
 fn only_a_ping_with_an_id_is_answered() {
     let mut machine = ready("good");
@@ -295,7 +379,7 @@ enum Op {
     Command(Command),
     Refused,
     Answer(bool),
-    Hint(u64),
+    Hint(u64, u32),
     Resync,
     Timer,
 }
@@ -310,10 +394,16 @@ fn ops() -> impl Strategy<Value = Vec<Op>> {
         2 => channel().prop_map(|channel| Op::Command(Command::Unsubscribe(Unsubscribe { channel }))),
         4 => channel().prop_map(move |channel| Op::Command(Command::Publish(publish(channel)))),
         3 => (1..9u64).prop_map(|to| Op::Command(Command::Ack(Ack { ranges: vec![(1, to)], trace: String::new() }))),
+        3 => ((1..9u64), 1..3u32).prop_map(|(seq, delivery)| {
+            Op::Command(Command::Nak(Nak { seq, delivery, delay_ms: 0, reason: String::new() }))
+        }),
+        1 => ((1..9u64), 1..3u32).prop_map(|(seq, delivery)| {
+            Op::Command(Command::Working(Working { seq, delivery }))
+        }),
         1 => (1..9u32).prop_map(|n| Op::Command(Command::Credit(Credit { n }))),
         1 => Just(Op::Refused),
         8 => prop::bool::weighted(0.8).prop_map(Op::Answer),
-        4 => (1..9u64).prop_map(Op::Hint),
+        4 => (1..9u64, 1..3u32).prop_map(|(seq, delivery)| Op::Hint(seq, delivery)),
         1 => Just(Op::Resync),
         1 => Just(Op::Timer),
     ];
@@ -378,7 +468,9 @@ impl Driver {
                 let published = Published { message_id: "m".into(), epoch: "e".into(), offset: 1 };
                 Input::Published(id, if well { Ok(published) } else { Err(away()) })
             }
-            Effect::Ack { id, .. } => Input::Acked(id, if well { Ok(()) } else { Err(away()) }),
+            Effect::Ack { id, .. } | Effect::Fail { id, .. } => {
+                Input::Acked(id, if well { Ok(()) } else { Err(away()) })
+            }
             _ => return,
         };
         self.input(answer);
@@ -397,9 +489,9 @@ impl Driver {
                 self.input(Input::Refused(Refused::Command { id: None, error }));
             }
             Op::Answer(well) => self.answer(well),
-            Op::Hint(seq) => {
+            Op::Hint(seq, delivery) => {
                 self.head = self.head.max(seq);
-                self.input(Input::Hint(7, InboxMessage { seq, delivery: 1, ..InboxMessage::default() }));
+                self.input(Input::Hint(7, InboxMessage { seq, delivery, ..InboxMessage::default() }));
             }
             Op::Resync => self.input(Input::Resync),
             Op::Timer => self.input(Input::InboxTimer),

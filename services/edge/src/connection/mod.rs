@@ -149,16 +149,16 @@ impl<T: Transport> Connection<T> {
         }
     }
 
-    /// Writes what waits. Returns whether nothing waits any more.
+    /// Writes what waits. Returns how many bytes the socket took.
     ///
     /// # Errors
     /// When the socket failed.
-    pub fn flush(&self, now: Tick) -> io::Result<bool> {
+    pub fn flush(&self, now: Tick) -> io::Result<usize> {
         let flushed = self.out.borrow_mut().flush(&self.io)?;
         if flushed.wrote > 0 {
             self.progress.set(now);
         }
-        Ok(flushed.empty)
+        Ok(flushed.wrote)
     }
 
     /// Bytes that wait for the socket.
@@ -229,7 +229,7 @@ mod tests {
         let sizes = [
             ("machine", size_of::<Machine>(), 96),
             ("connection", size_of::<Connection<TcpStream>>(), 288),
-            ("cursor", size_of::<crate::inbox::Cursor>(), 88),
+            ("cursor", size_of::<crate::inbox::Cursor>(), 72),
         ];
         for (name, size, most) in sizes {
             assert!(size <= most, "{name}: {size} bytes, more than {most}");

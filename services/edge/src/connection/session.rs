@@ -94,11 +94,10 @@ fn poll_write<T: Transport>(shard: &Shard<T>, conn: &Connection<T>, cx: &mut Con
         match conn.io.poll_writable(cx) {
             Poll::Pending => return ControlFlow::Continue(()),
             Poll::Ready(Err(_)) => return ControlFlow::Break(()),
-            Poll::Ready(Ok(())) => {
-                if conn.flush(shard.now()).is_err() {
-                    return ControlFlow::Break(());
-                }
-            }
+            Poll::Ready(Ok(())) => match conn.flush(shard.now()) {
+                Ok(bytes) => shard.on_taken(conn, bytes),
+                Err(_) => return ControlFlow::Break(()),
+            },
         }
     }
     if let Some((after, limit)) = conn.deferred_read.take() {

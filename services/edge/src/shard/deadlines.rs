@@ -13,18 +13,15 @@ use super::{
 };
 use crate::{
     connection::{Connection, Life, MAX_WAITING_TO_READ, NEVER, machine::Input},
-    upstream::{AckRequest, ConnKey},
+    inbox::Cursor,
+    upstream::ConnKey,
 };
-
-/// How long after a push it is reported as written, unless an ack came first, which says more. Well below the
-/// time after which delivery relays an unreported message again.
-pub(super) const REPORT_AFTER: Duration = Duration::from_millis(500);
 
 /// How often the wall clock is looked at for tokens that end.
 const TOKEN_CHECK: Duration = Duration::from_secs(1);
 
 /// How often what is waited for (an outbox that empties) is looked at again.
-const LOOK_AGAIN: Duration = Duration::from_millis(500);
+pub(super) const LOOK_AGAIN: Duration = Duration::from_millis(500);
 
 impl<T: Transport> Shard<T> {
     /// Moves the shard's time on. Never ends.
@@ -92,6 +89,7 @@ impl<T: Transport> Shard<T> {
         } else if after(conn.heard.get(), config.heartbeat()) <= now {
             self.ping(conn);
         }
+        self.check_answers(conn);
         if conn.inbox_due.get() <= now {
             conn.inbox_due.set(NEVER);
             Turn::once(self, conn, Input::InboxTimer);
@@ -102,7 +100,7 @@ impl<T: Transport> Shard<T> {
     }
 
     /// Both kinds of ping in one write: browsers see only the envelope, other clients answer only the frame.
-    fn ping(&self, conn: &Connection<T>) {
+    pub(super) fn ping(&self, conn: &Connection<T>) {
         let mut frames = Vec::with_capacity(8);
         let mut envelope = Vec::with_capacity(2);
         json::encode(&EventEnvelope { id: None, event: Event::Ping }, &mut envelope);
@@ -113,34 +111,6 @@ impl<T: Transport> Shard<T> {
         conn.send(&frames.into(), self.now());
         if conn.waiting() > 0 {
             conn.wake();
-        }
-    }
-
-    /// Tells delivery what reached the socket, so that it need not relay it again.
-    fn report_written(&self, conn: &Connection<T>) {
-        conn.report_due.set(NEVER);
-        if conn.waiting() > 0 {
-            return conn.report_due.set(after(self.now(), LOOK_AGAIN));
-        }
-        let machine = conn.machine.borrow();
-        let Some((cursor, epoch)) = machine.inbox().and_then(|cursor| Some((cursor, cursor.epoch()?))) else {
-            return;
-        };
-        if cursor.last() < conn.reported.get() {
-            // Another inbox, which counts from 1 again.
-            conn.reported.set(0);
-        }
-        if cursor.has_in_flight() && cursor.last() > conn.reported.get() {
-            conn.reported.set(cursor.last());
-            self.upstream.acks.send(AckRequest {
-                waiter: None,
-                user: machine.user().to_string(),
-                device: machine.device().to_owned(),
-                epoch,
-                ranges: Vec::new(),
-                written: cursor.last(),
-                trace: String::new(),
-            });
         }
     }
 
@@ -166,10 +136,13 @@ impl<T: Transport> Shard<T> {
         if conn.waiting() > 0 {
             next = next.min(after(conn.progress.get(), config.stall_timeout()));
         }
+        if let Some(due) = machine.inbox().and_then(Cursor::next_due) {
+            next = next.min(self.answers_due(conn, due));
+        }
         next.min(conn.inbox_due.get()).min(conn.report_due.get())
     }
 }
 
-fn after(tick: Tick, time: Duration) -> Tick {
+pub(super) fn after(tick: Tick, time: Duration) -> Tick {
     Wheel::<ConnKey>::after(tick, time)
 }

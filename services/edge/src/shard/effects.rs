@@ -23,9 +23,9 @@ use uuid::Uuid;
 
 use super::{
     Needs, Shard,
-    deadlines::REPORT_AFTER,
+    answers::REPORT_AFTER,
     hub::{Join, Leave, Top},
-    wheel::Wheel,
+    wheel::{Tick, Wheel},
 };
 use crate::{
     connection::{
@@ -33,7 +33,7 @@ use crate::{
         machine::{Effect, Input, Surroundings, Terms},
     },
     spans::{self, Origin},
-    upstream::{AckRequest, ClientPublish, ConnKey, LinkRequest, ReadRequest, ShardEvent},
+    upstream::{ClientPublish, ConnKey, LinkRequest, ReadRequest, ShardEvent},
     verifier::TokenVerifier,
 };
 
@@ -57,6 +57,8 @@ pub struct Turn<'a, T: Transport> {
     effects: Vec<Effect>,
     /// Spans of inbox messages in `out`; of those alone that are recorded.
     pushes: Vec<Span>,
+    /// How many inbox messages are in `out`.
+    pushed: u64,
     /// Where inbox messages come from that the present input has pushed.
     from: Origin,
     /// Time stamp of an inbox message in `out` whose first hint this is.
@@ -73,6 +75,7 @@ impl<'a, T: Transport> Turn<'a, T> {
             out,
             effects: Vec::new(),
             pushes: Vec::new(),
+            pushed: 0,
             from: Origin::Hint,
             hinted_us: None,
         }
@@ -149,7 +152,13 @@ impl<'a, T: Transport> Turn<'a, T> {
             Effect::Join(id, channel) => return self.join(id, channel),
             Effect::Leave(id, channel) => return Some(self.leave(id, &channel)),
             Effect::Publish(id, publish) => self.publish(id, publish),
-            Effect::Ack { id, epoch, ranges, trace } => self.ack(id, epoch, ranges, trace),
+            Effect::Ack { id, epoch, ranges, trace } => {
+                self.shard.ack(self.conn, id, epoch, ranges, trace);
+            }
+            Effect::Fail { id, epoch, failed } => {
+                self.shard.fail(self.conn, Some(id), epoch, vec![failed]);
+            }
+            Effect::Overdue { epoch, failed } => self.shard.fail(self.conn, None, epoch, failed),
             Effect::Close(code, why) => {
                 self.flush();
                 self.shard.close(self.conn, code, &why, false);
@@ -242,30 +251,22 @@ impl<'a, T: Transport> Turn<'a, T> {
     fn push_inbox(&mut self, mut message: InboxMessage) {
         self.pushes.extend(spans::push(&mut message, self.from));
         json::encode_inbox(&message, &mut self.out);
-        self.shard.common.metrics.inbox_deliveries.inc();
+        self.pushed += 1;
+        let metrics = &self.shard.common.metrics;
+        metrics.inbox_deliveries.inc();
         if matches!(self.from, Origin::Hint) && message.delivery <= 1 {
             self.hinted_us = Some(message.time_us);
         }
-        self.shard.milestone(&message.message_id, "written", "1 socket".to_owned());
+        let mut detail = "1 socket".to_owned();
+        if message.delivery > 1 {
+            metrics.redeliveries.inc();
+            detail = format!("1 socket, delivery {}", message.delivery);
+        }
+        self.shard.milestone(&message.message_id, "written", detail);
         if self.conn.report_due.get() == NEVER {
             self.conn.report_due.set(self.after(REPORT_AFTER));
         }
         self.flush_if_large();
-    }
-
-    fn ack(&mut self, id: Option<u64>, epoch: u64, ranges: Vec<(u64, u64)>, trace: String) {
-        let machine = self.conn.machine.borrow();
-        // What was acked reached the client, whatever may wait for the socket now.
-        let written = ranges.iter().map(|(_, to)| *to).max().unwrap_or_default();
-        self.shard.upstream.acks.send(AckRequest {
-            waiter: Some((self.conn.key, id)),
-            user: machine.user().to_string(),
-            device: machine.device().to_owned(),
-            epoch,
-            ranges,
-            written,
-            trace,
-        });
     }
 
     /// Sends a frame behind the envelopes that came together so far.
@@ -291,6 +292,7 @@ impl<'a, T: Transport> Turn<'a, T> {
                 let common = &self.shard.common;
                 common.metrics.inbox_latency.observe(seconds_between(time_us, common.clock.now_us()));
             }
+            self.shard.on_handed(self.conn, std::mem::take(&mut self.pushed), wrote);
         }
     }
 
@@ -311,8 +313,8 @@ impl<'a, T: Transport> Turn<'a, T> {
 /// Which lane a command goes through.
 fn needs(command: &Result<Envelope, Refused>) -> Needs {
     match command.as_ref().map(|envelope| &envelope.command) {
-        Ok(Command::Ack(_)) => Needs::Acks,
-        Ok(Command::Ping | Command::Credit(_)) | Err(_) => Needs::Nothing,
+        Ok(Command::Ack(_) | Command::Nak(_) | Command::Term(_)) => Needs::Acks,
+        Ok(Command::Ping | Command::Working(_) | Command::Credit(_)) | Err(_) => Needs::Nothing,
         Ok(Command::Hello(_) | Command::Subscribe(_) | Command::Unsubscribe(_) | Command::Publish(_)) => {
             Needs::Router
         }
@@ -440,5 +442,9 @@ impl<T: Transport> Surroundings for Shard<T> {
     fn terms(&self) -> Terms {
         let config = &self.common.config;
         Terms { heartbeat: config.heartbeat(), reconnect_spread: config.reconnect_spread() }
+    }
+
+    fn ack_due(&self) -> Tick {
+        Shard::ack_due(self)
     }
 }

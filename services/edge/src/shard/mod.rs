@@ -1,5 +1,6 @@
 //! A shard: one thread that owns its connections outright, with a hub, a timing wheel and no locks.
 
+mod answers;
 pub mod deadlines;
 pub mod effects;
 pub mod fanout;

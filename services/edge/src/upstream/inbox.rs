@@ -11,8 +11,8 @@ use std::{
 use sanjay_proto::{
     client::v1::SeqRange,
     edge::v1::{
-        AckRequest as PbAckRequest, InboxError, InboxQuery, ReadInboxRequest, ReadInboxResponse, UserAck,
-        UserAckResult, inbox_client::InboxClient,
+        AckRequest as PbAckRequest, InboxError, InboxQuery, ReadInboxRequest, ReadInboxResponse, Rewritten,
+        UserAck, UserAckResult, inbox_client::InboxClient,
     },
 };
 use sanjay_protocol::{ErrorBody, ErrorCode};
@@ -133,8 +133,10 @@ fn log_change(away: &AtomicBool, outcome: Result<(), String>) {
 
 /// The acking task: ends when the shards are gone and everything is durable.
 ///
-/// While delivery is away acks wait here and in the lanes of the shards, which then stop reading sockets.
+/// While delivery is away acks and failures wait here and in the lanes of the shards, which then stop reading sockets
+/// and judge no deadline. `node` is the edge's name.
 pub async fn ack(
+    node: String,
     delivery: PeerPool,
     mut requests: mpsc::Receiver<AckRequest>,
     replies: Replies,
@@ -145,7 +147,7 @@ pub async fn ack(
     let mut attempt = 0;
     while requests.recv_many(&mut batch, MAX_BATCH).await > 0 {
         while !batch.is_empty() {
-            let why = match ack_batch(&delivery, &batch, &metrics).await {
+            let why = match ack_batch(&node, &delivery, &batch, &metrics).await {
                 Ok(results) => settle(&mut batch, results, &replies),
                 Err(Failure::Refused(why)) => {
                     tracing::error!(
@@ -188,7 +190,11 @@ fn settle(batch: &mut Vec<AckRequest>, results: Vec<UserAckResult>, replies: &Re
                 replies.reply(conn, ShardEvent::Acked(conn, id, error.map_or(Ok(()), Err)));
                 false
             }
-            (_, None) => false,
+            (Some(error), None) => {
+                tracing::debug!(code = error.code.as_str(), why = error.message, "delivery refused a report");
+                false
+            }
+            (None, None) => false,
         }
     });
     why
@@ -203,6 +209,7 @@ enum Failure {
 }
 
 async fn ack_batch(
+    node: &str,
     delivery: &PeerPool,
     batch: &[AckRequest],
     metrics: &Metrics,
@@ -210,7 +217,8 @@ async fn ack_batch(
     let acks: Vec<UserAck> = batch.iter().map(user_ack).collect();
     metrics.acks.inc_by(acks.len() as u64);
     let ack = async |channel, request| client(channel).ack(request).await;
-    match delivery.call(Call::idempotent(ACK_TIMEOUT), PbAckRequest { acks }, ack).await {
+    let request = PbAckRequest { acks, edge: node.to_owned() };
+    match delivery.call(Call::idempotent(ACK_TIMEOUT), request, ack).await {
         Ok(response) if response.results.len() == batch.len() => Ok(response.results),
         Ok(_) => Err(Failure::Away("delivery answered another number of acks than were sent".to_owned())),
         Err(PeerError::Refused { code: Code::InvalidArgument, message, .. }) => {
@@ -233,6 +241,9 @@ fn user_ack(request: &AckRequest) -> UserAck {
         acked: request.ranges.iter().map(|&(from, to)| SeqRange { from, to }).collect(),
         written: request.written,
         milestones: Vec::new(),
+        rewritten: request.rewritten.iter().map(|&(seq, delivery)| Rewritten { seq, delivery }).collect(),
+        failed: request.failed.clone(),
+        session: request.session.as_bytes().to_vec().into(),
         trace: request.trace.clone(),
     }
 }

@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 use sanjay_proto::{
     client::v1::{Payload, Publication},
-    edge::v1::{InboxHint, InboxPage, Milestone},
+    edge::v1::{FailedAttempt, InboxHint, InboxPage, Milestone},
 };
 use sanjay_protocol::{ErrorBody, event::Published};
 use uuid::Uuid;
@@ -100,7 +100,7 @@ pub struct ReadRequest {
     pub limit: u32,
 }
 
-/// A shard settles messages, or reports what was written.
+/// A shard settles messages, or reports what was written and what failed.
 #[derive(Debug)]
 pub struct AckRequest {
     /// Who waits for the answer, with the command's id; nobody does for a report.
@@ -115,6 +115,12 @@ pub struct AckRequest {
     pub ranges: Vec<(u64, u64)>,
     /// Everything up to it was written to a socket.
     pub written: u64,
+    /// Redeliveries that were written to a socket, as (seq, delivery).
+    pub rewritten: Vec<(u64, u32)>,
+    /// Deliveries that failed.
+    pub failed: Vec<FailedAttempt>,
+    /// The session that says so.
+    pub session: Uuid,
     /// W3C `traceparent` of the push of the newest message in `ranges`, as the client returned it; or empty.
     pub trace: String,
 }
@@ -130,7 +136,7 @@ pub enum ShardEvent {
     Published(ConnKey, Option<u64>, Result<Published, ErrorBody>),
     /// A read was answered.
     Page(ConnKey, Result<InboxPage, ErrorBody>),
-    /// Acks are durable, or were not taken.
+    /// Acks or failures are durable, or were not taken.
     Acked(ConnKey, Option<u64>, Result<(), ErrorBody>),
     /// A channel message, with its span when it is recorded. Droppable.
     Publication(Arc<Publication>, Option<Arc<ChannelPush>>),

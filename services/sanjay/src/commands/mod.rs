@@ -3,6 +3,7 @@
 pub(crate) mod bench;
 pub(crate) mod check_config;
 pub(crate) mod demo;
+pub(crate) mod dlq;
 pub(crate) mod health;
 pub(crate) mod publish;
 pub(crate) mod send;

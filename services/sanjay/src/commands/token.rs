@@ -20,7 +20,7 @@ pub(crate) struct Args {
     /// The user
     user: String,
     /// How long the token is valid, such as 90s, 15m, 24h or 7d
-    #[arg(long, default_value = "24h", value_parser = parse_ttl)]
+    #[arg(long, default_value = "24h", value_parser = parse_span)]
     ttl: Duration,
     /// What the user may do, as JSON [default: everything]
     #[arg(long, value_name = "JSON", value_parser = parse_caps)]
@@ -53,7 +53,11 @@ fn sign(user: &str, caps: Capabilities, ttl: Duration, secret: &Secret, clock: &
     jwt::sign(&Claims { sub: user.to_owned(), exp, iat: Some(now), nbf: None, caps }, secret)
 }
 
-fn parse_ttl(text: &str) -> anyhow::Result<Duration> {
+/// Reads a span of time: a number with its unit.
+///
+/// # Errors
+/// When it is none, with an example.
+pub(super) fn parse_span(text: &str) -> anyhow::Result<Duration> {
     let help = "give a number with its unit, such as 90s, 15m, 24h or 7d";
     let unit = text.chars().last().context(help)?;
     let seconds: u64 = match unit {
@@ -88,7 +92,7 @@ mod tests {
         let secret = Secret::new("secret");
         let caps = parse_caps(r#"{"chat:*":["subscribe"]}"#).unwrap();
         let token =
-            sign("bob", caps.clone(), parse_ttl("15m").unwrap(), &secret, &ManualClock::new(1_000_000));
+            sign("bob", caps.clone(), parse_span("15m").unwrap(), &secret, &ManualClock::new(1_000_000));
         let claims = jwt::verify_hs256(&token, &secret, 2).unwrap();
         assert_eq!(claims, Claims { sub: "bob".into(), exp: 901, iat: Some(1), nbf: None, caps });
         assert!(jwt::verify_hs256(&token, &secret, 901).is_err());
@@ -97,9 +101,9 @@ mod tests {
     #[test]
     fn wrong_options_are_refused_with_an_example() {
         for ttl in ["", "h", "1", "0h", "-1h", "1w", "1é", "999999999d", "99999999999999999999d"] {
-            assert!(parse_ttl(ttl).is_err(), "{ttl}");
+            assert!(parse_span(ttl).is_err(), "{ttl}");
         }
-        assert_eq!(parse_ttl("7d").unwrap(), Duration::from_secs(604_800));
+        assert_eq!(parse_span("7d").unwrap(), Duration::from_secs(604_800));
         assert!(parse_caps("[]").is_err());
         assert!(parse_caps(r#"{"a":["fly"]}"#).unwrap_err().to_string().contains("subscribe"));
     }

@@ -8,6 +8,7 @@ use crate::{
     Case, counted_region,
     delivery_settled::Settled,
     edge_inbox::{Cursor, Step},
+    in_flight::Written,
     messages::inbox_message,
 };
 
@@ -35,7 +36,7 @@ fn page(after: u64, to: u64, head: u64) -> InboxPage {
     InboxPage { epoch: 5, mark: after, head, covers: to, messages, ..InboxPage::default() }
 }
 
-/// The live path: each message is hinted in order, pushed at once, and acked eight at a time.
+/// The live path: each message is hinted in order, pushed and written at once, 16 in a tick, and acked eight at a time.
 fn push_hints() {
     let mut cursor = cursor();
     let mut hints: Vec<InboxMessage> = (1..=ROUNDS).rev().map(inbox_message).collect();
@@ -46,6 +47,7 @@ fn push_hints() {
             let seq = message.seq;
             cursor.on_hint(5, message, &mut steps);
             pushed += steps.drain(..).filter(|step| matches!(step, Step::Push(_))).count() as u64;
+            cursor.on_handed(1, Written::Until((seq / 16) as u32));
             if seq % 8 == 0 {
                 black_box(cursor.on_ack(&[(seq - 7, seq)], &mut steps));
             }
@@ -54,7 +56,7 @@ fn push_hints() {
     assert_eq!(pushed, ROUNDS, "every hint is pushed");
 }
 
-/// Catching up: pages as large as the credit, each acked before the next.
+/// Catching up: pages as large as the credit, each written together and acked before the next.
 fn push_pages() {
     let mut cursor = cursor();
     let mut steps = Vec::with_capacity(80);
@@ -68,6 +70,7 @@ fn push_pages() {
         while let Some(page) = pages.pop() {
             let covers = page.covers;
             cursor.on_page(page, &mut steps);
+            cursor.on_handed(50, Written::Until(covers as u32));
             black_box(cursor.on_ack(&[(covers - 49, covers)], &mut steps));
             pushed += steps.drain(..).filter(|step| matches!(step, Step::Push(_))).count() as u64;
         }

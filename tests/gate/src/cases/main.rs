@@ -9,7 +9,7 @@ mod fanout;
 mod inbox;
 mod messages;
 
-/// The hub of an edge's shard. It and the two below are included as files: built as their crates, they would bring
+/// The hub of an edge's shard. It and the three below are included as files: built as their crates, they would bring
 /// store drivers and telemetry along, which takes minutes to build with optimisation and is in none of these paths.
 #[path = "../../../../services/edge/src/shard/hub.rs"]
 #[expect(dead_code, unreachable_pub, reason = "it is written for a crate that uses all of it")]
@@ -20,6 +20,11 @@ mod edge_hub;
 #[expect(dead_code, unreachable_pub, reason = "it is written for a crate that uses all of it")]
 mod edge_inbox;
 
+/// What of an inbox is in flight on a connection; under the name by which the cursor knows it.
+#[path = "../../../../services/edge/src/in_flight.rs"]
+#[expect(unreachable_pub, reason = "it is written for a crate that uses all of it")]
+mod in_flight;
+
 /// What of an inbox is settled.
 #[path = "../../../../services/delivery/src/store/settled.rs"]
 #[expect(dead_code, unreachable_pub, reason = "it is written for a crate that uses all of it")]
@@ -27,6 +32,13 @@ mod delivery_settled;
 
 /// Where the included file looks for it, with the value that it has there.
 const MAX_SETTLED_RANGES: usize = 256;
+
+/// Likewise: the unit of deadlines on an edge.
+mod shard {
+    pub(crate) mod wheel {
+        pub(crate) type Tick = u32;
+    }
+}
 
 use std::{env, process::ExitCode};
 

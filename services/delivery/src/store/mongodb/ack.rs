@@ -1,21 +1,22 @@
 //! Settling: one write for all acks of a user that wait together. It takes the bodies out of the inbox, adds the
-//! receipts and raises the counters at once. Its condition is the count of such writes.
+//! receipts, raises the counters and notes what failed at once. Its condition is the count of such writes.
+//!
+//! A message that failed for good dies in two of them: the first notes it as dying, from when on nothing but that
+//! becomes of it, then its dead letter is written, then the second settles it.
+
+mod model;
 
 use std::collections::VecDeque;
 
-use mongodb::bson::{Bson, Document, doc, serialize_to_bson};
+use sanjay_runtime::random::fraction;
 use uuid::Uuid;
 
 use super::{
-    documents::{self, ReceiptDoc, SettlerDoc},
     inbox::Inbox,
     plan::{Attempt, Kind, Rules, Step},
     work::{Ack, Queued, Work},
 };
-use crate::{
-    message::State,
-    store::{Settled, SettledMessage, StoreError},
-};
+use crate::store::{Attempts, Settled, SettledMessage, Verdict};
 
 /// Most acks of one write.
 const MAX_RUN: usize = 64;
@@ -27,24 +28,34 @@ const MAX_SETTLED: u64 = 512;
 pub(super) struct Plan {
     settled: Settled,
     written: u64,
-    /// Seqs that it settles, ascending.
+    /// Seqs that it settles as acked, ascending.
     fresh: Vec<u64>,
+    /// Dying messages that it settles as dead.
+    dead: Vec<u64>,
+    attempts: Attempts,
+    /// Whether it changes the attempts, and whether by a failure.
+    noted: bool,
+    fails: bool,
     /// For each ack: what it settled, and its refused ranges when it is complete.
     parts: Vec<Part>,
 }
 
+#[derive(Default)]
 struct Part {
     fresh: Vec<u64>,
     messages: Vec<SettledMessage>,
+    /// Whether its failures were looked at, and what follows from those that were taken.
+    noted: bool,
+    failed: Vec<(u64, Verdict)>,
     /// The mark after it, and how many ranges were refused; `None` when more of it is to come.
     end: Option<(u64, usize)>,
 }
 
 /// Answers what changes nothing, and makes the write for the acks at the front of the queue.
 pub(super) fn plan(rules: &Rules<'_>, user: &str, queue: &mut VecDeque<Queued>, inbox: &Inbox) -> Step {
-    let Some(mut plan) = settle(queue, inbox) else { return Step::Read };
-    let missing: Vec<u64> = plan.fresh.iter().copied().filter(|seq| inbox.message(*seq).is_none()).collect();
-    if let (Some(first), Some(last)) = (missing.first(), missing.last()) {
+    let Some(mut plan) = settle(rules, queue, inbox) else { return Step::Read };
+    let missing: Vec<u64> = plan.leaving().filter(|seq| inbox.message(*seq).is_none()).collect();
+    if let (Some(first), Some(last)) = (missing.iter().min(), missing.iter().max()) {
         if !inbox.looked_beside {
             return Step::Beside(*first, *last);
         }
@@ -53,12 +64,16 @@ pub(super) fn plan(rules: &Rules<'_>, user: &str, queue: &mut VecDeque<Queued>, 
         }
         tracing::error!(seqs = ?missing, "bodies of unsettled messages are missing in the database; they are settled without receipts");
     }
+    let unburied: Vec<u64> = plan.dead.iter().copied().filter(|seq| !inbox.buried.contains(seq)).collect();
+    if !unburied.is_empty() {
+        return Step::Bury(unburied);
+    }
     plan.name(inbox);
-    if plan.fresh.is_empty() && plan.written <= inbox.written {
+    if !plan.settles() && plan.written <= inbox.written {
         plan.answer(queue);
         return Step::Again;
     }
-    match model(rules, user, &plan, inbox) {
+    match model::model(rules, user, &plan, inbox) {
         Ok(model) => Step::Write(Box::new(Attempt {
             batch: rules.batch,
             model,
@@ -70,33 +85,47 @@ pub(super) fn plan(rules: &Rules<'_>, user: &str, queue: &mut VecDeque<Queued>, 
 }
 
 /// Works out what the acks at the front come to; `None` when the inbox must be read for it.
-fn settle(queue: &VecDeque<Queued>, inbox: &Inbox) -> Option<Plan> {
-    let mut plan =
-        Plan { settled: inbox.settled.clone(), written: inbox.written, fresh: Vec::new(), parts: Vec::new() };
+fn settle(rules: &Rules<'_>, queue: &VecDeque<Queued>, inbox: &Inbox) -> Option<Plan> {
+    let mut plan = Plan {
+        settled: inbox.settled.clone(),
+        written: inbox.written,
+        fresh: Vec::new(),
+        dead: Vec::new(),
+        attempts: inbox.attempts.clone(),
+        noted: false,
+        fails: false,
+        parts: Vec::new(),
+    };
     let mut budget = MAX_SETTLED;
+    plan.bury(inbox, &mut budget);
     for queued in queue.iter().take(MAX_RUN) {
         let Work::Ack(ack) = &queued.work else { break };
         if ack.settle.epoch != inbox.epoch {
-            plan.parts.push(Part { fresh: vec![], messages: vec![], end: Some((plan.settled.mark(), 0)) });
+            plan.parts.push(Part { end: Some((plan.settled.mark(), 0)), ..Part::default() });
             continue;
         }
         let highest = ack.ranges.iter().map(|range| range.1).max().unwrap_or(0).max(ack.settle.written);
-        if highest > inbox.head && !inbox.fresh {
+        // Claims hand out deliveries past what is known here.
+        if (highest > inbox.head || ack.needs_fresh()) && !inbox.fresh {
             if plan.parts.is_empty() {
                 return None;
             }
             break;
         }
         plan.written = plan.written.max(ack.settle.written.min(inbox.head));
-        let part = settle_one(ack, inbox.head, &mut plan.settled, &mut budget);
+        let mut part = settle_one(ack, inbox.head, &mut plan.settled, &mut budget);
+        plan.take_over(&mut part, inbox);
+        if part.end.is_some() {
+            plan.note(rules, ack, &mut part, inbox.head);
+        }
         let cut = part.end.is_none();
-        plan.fresh.extend(&part.fresh);
         plan.parts.push(part);
         if cut {
             break;
         }
     }
     plan.fresh.sort_unstable();
+    plan.noted = plan.attempts != inbox.attempts;
     Some(plan)
 }
 
@@ -125,15 +154,70 @@ fn settle_one(ack: &Ack, head: u64, settled: &mut Settled, budget: &mut u64) -> 
             continue;
         }
         *budget = 0;
-        return Part { fresh, messages: Vec::new(), end: None };
+        return Part { fresh, ..Part::default() };
     }
-    Part { fresh, messages: Vec::new(), end: Some((settled.mark(), refused)) }
+    Part { fresh, end: Some((settled.mark(), refused)), ..Part::default() }
 }
 
 impl Plan {
     /// How many messages it settles.
     pub(super) fn count(&self) -> usize {
-        self.fresh.len()
+        self.fresh.len() + self.dead.len()
+    }
+
+    /// Whether it is among the writes that are counted.
+    pub(super) fn settles(&self) -> bool {
+        self.count() > 0 || self.noted
+    }
+
+    /// The seqs that it settles.
+    fn leaving(&self) -> impl Iterator<Item = u64> + '_ {
+        self.fresh.iter().chain(&self.dead).copied()
+    }
+
+    /// Settles what an earlier write noted as dying, as far as there is room for further settled ranges.
+    fn bury(&mut self, inbox: &Inbox, budget: &mut u64) {
+        // A node that does not know of attempts leaves those of what it settles.
+        self.attempts.settle_by(|seq| inbox.settled.holds(seq));
+        for seq in inbox.attempts.dying().take(*budget as usize) {
+            if self.settled.settle(seq, seq).is_ok_and(|fresh| !fresh.is_empty()) {
+                self.dead.push(seq);
+                self.attempts.settle(seq, seq);
+                *budget -= 1;
+            }
+        }
+    }
+
+    /// Takes over what a part settles. What is dying is dead, whatever somebody acked.
+    fn take_over(&mut self, part: &mut Part, inbox: &Inbox) {
+        let dying = part.fresh.extract_if(.., |seq| inbox.attempts.death(*seq).is_some());
+        self.dead.extend(dying);
+        self.fresh.extend(&part.fresh);
+        if !inbox.attempts.is_empty() {
+            let (attempts, settled) = (&mut self.attempts, &self.settled);
+            attempts.settle_by(|seq| settled.holds(seq));
+        }
+    }
+
+    /// Notes the written redeliveries and the failures of an ack. One that kills a message is not complete before that
+    /// is settled.
+    fn note(&mut self, rules: &Rules<'_>, ack: &Ack, part: &mut Part, head: u64) {
+        part.noted = true;
+        for &(seq, delivery) in &ack.settle.rewritten {
+            self.attempts.rewritten(seq, delivery);
+        }
+        for failure in &ack.settle.failed {
+            let seq = failure.seq;
+            if seq > head || self.settled.holds(seq) {
+                continue;
+            }
+            let taken = self.attempts.fail(failure.clone(), rules.max_attempts, fraction(rules.random));
+            part.failed.extend(taken.map(|verdict| (seq, verdict)));
+        }
+        self.fails |= part.failed.iter().any(|(_, verdict)| *verdict != Verdict::Full);
+        if part.failed.iter().any(|(_, verdict)| matches!(verdict, Verdict::Dead(_))) {
+            part.end = None;
+        }
     }
 
     /// Names the messages of each part.
@@ -158,6 +242,9 @@ impl Plan {
         for part in self.parts {
             let Some(Queued { work: Work::Ack(ack), .. }) = queue.front_mut() else { return };
             ack.settled(part.messages);
+            if part.noted {
+                ack.noted(part.failed);
+            }
             let Some(end) = part.end else { return };
             if let Some(Queued { work: Work::Ack(ack), .. }) = queue.pop_front() {
                 ack.answer(Ok(end));
@@ -169,73 +256,15 @@ impl Plan {
     pub(super) fn apply(&self, inbox: &mut Inbox) {
         inbox.settled = self.settled.clone();
         inbox.written = self.written;
-        if self.fresh.is_empty() {
+        inbox.attempts = self.attempts.clone();
+        if !self.settles() {
             return;
         }
         inbox.settles += 1;
-        inbox.terminal += self.fresh.len() as u64;
-        inbox.receipts += self.fresh.len();
-        inbox.open.retain(|open| self.fresh.binary_search(&open.seq).is_err());
+        inbox.terminal += self.count() as u64;
+        inbox.receipts += self.count();
+        inbox
+            .open
+            .retain(|open| self.fresh.binary_search(&open.seq).is_err() && !self.dead.contains(&open.seq));
     }
-}
-
-fn model(
-    rules: &Rules<'_>,
-    user: &str,
-    plan: &Plan,
-    inbox: &Inbox,
-) -> Result<mongodb::options::WriteModel, StoreError> {
-    let mut filter = doc! { "_id": user, "epoch": inbox.epoch.cast_signed() };
-    let mut update = doc! { "$max": { "written": plan.written.cast_signed() } };
-    let mut set = Document::new();
-    if !plan.fresh.is_empty() {
-        filter.insert("settles", inbox.settles);
-        set.insert("mark", plan.settled.mark().cast_signed());
-        set.insert("settled", documents::ranges(&plan.settled));
-        let settler = SettlerDoc { w: rules.database.node.to_string(), b: rules.batch };
-        set.insert("settler", bson(&settler)?);
-        update.insert("$inc", doc! { "settles": 1_i64, "acked": plan.fresh.len() as i64 });
-        update.insert("$push", doc! { "receipts": { "$each": receipts(rules, plan, inbox)? } });
-        if let Some(pull) = pull(plan, inbox) {
-            update.insert("$pull", doc! { "messages": { "n": pull } });
-        }
-    }
-    if plan.written.max(plan.settled.mark()) >= inbox.head {
-        // Nothing waits to be written, unless something was appended meanwhile.
-        filter.insert("seq", inbox.head.cast_signed());
-        set.insert("attempt", 0_i64);
-        update.insert("$unset", doc! { "due": "" });
-    }
-    if !set.is_empty() {
-        update.insert("$set", set);
-    }
-    Ok(rules.database.update(filter, update, false))
-}
-
-/// Which bodies leave the document.
-fn pull(plan: &Plan, inbox: &Inbox) -> Option<Bson> {
-    let inside = |seq: &u64| inbox.open.binary_search_by_key(seq, |open| open.seq).is_ok();
-    let seqs: Vec<i64> = plan.fresh.iter().filter(|seq| inside(seq)).map(|seq| seq.cast_signed()).collect();
-    let mark = plan.settled.mark().cast_signed();
-    match seqs.last() {
-        None => None,
-        Some(last) if *last <= mark => Some(doc! { "$lte": mark }.into()),
-        Some(_) => Some(doc! { "$in": seqs }.into()),
-    }
-}
-
-fn receipts(rules: &Rules<'_>, plan: &Plan, inbox: &Inbox) -> Result<Vec<Bson>, StoreError> {
-    let messages = plan.fresh.iter().filter_map(|seq| inbox.message(*seq));
-    let receipt = |open: &super::inbox::Open| ReceiptDoc {
-        i: open.id,
-        n: open.seq.cast_signed(),
-        s: State::Acked.number(),
-        a: open.time_us.cast_signed(),
-        t: rules.now_us.cast_signed(),
-    };
-    messages.map(|open| bson(&receipt(open))).collect()
-}
-
-fn bson(value: &impl serde::Serialize) -> Result<Bson, StoreError> {
-    serialize_to_bson(value).map_err(|error| StoreError::Unavailable(error.to_string()))
 }

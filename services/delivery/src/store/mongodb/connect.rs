@@ -208,6 +208,12 @@ async fn create_indexes(database: &MongoDatabase) -> MongoResult<()> {
         index(doc! { "x": 1 }, expiring("expiry", Duration::ZERO)),
     ];
     database.collection::<Document>("beside").create_indexes(beside).await?;
+    let dead = [
+        // The newest first, of all and of one user.
+        index(doc! { "at": -1 }, IndexOptions::builder().name("at".to_owned()).build()),
+        index(doc! { "u": 1, "at": -1 }, IndexOptions::builder().name("of".to_owned()).build()),
+    ];
+    database.collection::<Document>("dead").create_indexes(dead).await?;
     let nodes = [index(doc! { "seen": 1 }, expiring("expiry", NODE_EXPIRY))];
     database.collection::<Document>("nodes").create_indexes(nodes).await?;
     Ok(())

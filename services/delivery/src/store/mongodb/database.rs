@@ -34,6 +34,7 @@ pub(super) struct Database {
     pub(super) client: Client,
     pub(super) inbox: Collection<Document>,
     pub(super) beside: Collection<Document>,
+    pub(super) dead: Collection<Document>,
     pub(super) nodes: Collection<Document>,
     /// Random, made with the database.
     pub(super) store_id: u64,
@@ -153,6 +154,15 @@ impl Database {
         self.find(operation, &self.beside, filter, options).await
     }
 
+    /// Finds dead letters.
+    pub(super) async fn find_dead<T: DeserializeOwned + Send + Sync + Unpin>(
+        &self,
+        filter: Document,
+        options: FindOptions,
+    ) -> Result<Vec<T>, StoreError> {
+        self.find(StoreOperation::Read, &self.dead, filter, options).await
+    }
+
     /// Finds inboxes by what they hold.
     pub(super) async fn find_due<T: DeserializeOwned + Send + Sync + Unpin>(
         &self,
@@ -187,7 +197,13 @@ impl Database {
     }
 }
 
-fn update_of(namespace: Namespace, filter: Document, update: Document, upsert: bool) -> WriteModel {
+/// One update in a collection.
+pub(super) fn update_of(
+    namespace: Namespace,
+    filter: Document,
+    update: Document,
+    upsert: bool,
+) -> WriteModel {
     let update = UpdateModifications::Document(update);
     let model = UpdateOneModel::builder().namespace(namespace).filter(filter).update(update);
     // Left out where it is the default: it would go with each of many writes.
@@ -197,8 +213,8 @@ fn update_of(namespace: Namespace, filter: Document, update: Document, upsert: b
 fn outcome_of(result: &VerboseBulkWriteResult, index: usize) -> Outcome {
     let updated = result.update_results.get(&index);
     let touched = updated.is_some_and(|update| update.matched_count > 0 || update.upserted_id.is_some());
-    let done =
-        touched || result.insert_results.contains_key(&index) || result.delete_results.contains_key(&index);
+    let deleted = result.delete_results.get(&index).is_some_and(|deleted| deleted.deleted_count > 0);
+    let done = touched || deleted || result.insert_results.contains_key(&index);
     if done { Outcome::Done } else { Outcome::Missed }
 }
 

@@ -14,7 +14,7 @@ use uuid::Uuid;
 
 use crate::{
     message::State,
-    store::{NewMessage, Receipt, Settled, StoreError},
+    store::{Attempts, NewMessage, Receipt, Settled, StoreError},
 };
 
 /// Version of the documents' layout.
@@ -211,8 +211,7 @@ pub(super) struct SettlerDoc {
     pub(super) b: i64,
 }
 
-/// An inbox. A number that is not there is 0; nothing raises the counters of what ends in another way than by an ack
-/// yet.
+/// An inbox. A number that is not there is 0; nothing raises `expired` and `superseded` yet.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default)]
 pub(super) struct InboxDoc {
@@ -225,7 +224,7 @@ pub(super) struct InboxDoc {
     pub(super) mark: i64,
     /// Settled above the mark: from, to, from, to, …
     pub(super) settled: Vec<i64>,
-    /// Raised by everything that settles.
+    /// Raised by everything that settles or changes the attempts.
     pub(super) settles: i64,
     pub(super) acked: i64,
     pub(super) expired: i64,
@@ -246,9 +245,29 @@ pub(super) struct InboxDoc {
     /// By node.
     pub(super) writers: BTreeMap<String, WriterDoc>,
     pub(super) settler: Option<SettlerDoc>,
+    /// [`Attempts::encode`]; absent when there are none.
+    pub(super) attempts: Option<Binary>,
+}
+
+/// What is known of messages that failed, as it was stored.
+///
+/// # Errors
+/// When it is damaged.
+pub(super) fn attempts(user: &str, stored: Option<&Binary>) -> Result<Attempts, StoreError> {
+    let bytes = stored.map_or(&[][..], |stored| &stored.bytes);
+    Attempts::decode(bytes).map_err(|error| {
+        StoreError::Unavailable(format!(
+            "the attempts of inbox {user:?} in the database are damaged: {error}"
+        ))
+    })
 }
 
 impl InboxDoc {
+    /// What is known of messages that failed.
+    pub(super) fn attempts(&self) -> Result<Attempts, StoreError> {
+        attempts(&self.user, self.attempts.as_ref())
+    }
+
     pub(super) fn head(&self) -> u64 {
         self.seq.cast_unsigned()
     }

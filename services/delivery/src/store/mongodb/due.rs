@@ -1,12 +1,12 @@
-//! Redelivery: finds due inboxes, claims them, and says when they are due again. Nodes look in different parts of
-//! the users, so that they seldom reach for the same inbox; who gets it is decided by the condition of the write.
+//! Redelivery: finds due inboxes and claims them. Nodes look in different parts of the users, so that they seldom reach
+//! for the same inbox; who gets it is decided by the condition of the write.
 
-use std::{collections::HashMap, time::Duration};
+use std::time::Duration;
 
 use futures::TryStreamExt;
 use mongodb::{
-    bson::{Document, doc},
-    options::FindOptions,
+    bson::{Binary, Document, doc},
+    options::{FindOptions, WriteModel},
 };
 use parking_lot::Mutex;
 use serde::Deserialize;
@@ -14,12 +14,16 @@ use tokio::time::Instant;
 
 use super::{
     database::{Database, Outcome},
-    documents::{InboxDoc, date},
+    documents::{self, InboxDoc, date},
     reader,
+    rearm::Change,
 };
 use crate::{
     metrics::StoreOperation,
-    store::{DueInbox, Next, Rearm, StoreError},
+    store::{
+        DueInbox, StoreError,
+        due::{self, Claimed},
+    },
 };
 
 /// How often a node says that it is there and looks who else is.
@@ -106,6 +110,7 @@ pub(super) async fn leave(database: Database) {
     let _unheard = database.call(StoreOperation::Claim, gone).await;
 }
 
+/// What a claim goes by of an inbox.
 #[derive(Debug, Deserialize)]
 struct DueDoc {
     #[serde(rename = "_id")]
@@ -113,10 +118,13 @@ struct DueDoc {
     epoch: i64,
     seq: i64,
     mark: i64,
+    settles: i64,
     written: i64,
     armed: i64,
     attempt: i64,
     due: i64,
+    #[serde(default)]
+    attempts: Option<Binary>,
 }
 
 impl DueDoc {
@@ -126,6 +134,14 @@ impl DueDoc {
     }
 }
 
+/// What was claimed.
+#[derive(Default)]
+pub(super) struct Claims {
+    pub(super) due: Vec<DueInbox>,
+    /// Users, with the epochs of their inboxes, whose dying messages are to be settled.
+    pub(super) dying: Vec<(String, u64)>,
+}
+
 /// Claims inboxes that are due.
 pub(super) async fn claim(
     database: &Database,
@@ -133,7 +149,7 @@ pub(super) async fn claim(
     now_us: u64,
     until_us: u64,
     limit: usize,
-) -> Result<Vec<DueInbox>, StoreError> {
+) -> Result<Claims, StoreError> {
     let part = share.part(database).await;
     let mut found = find(database, now_us, part, limit).await?;
     if part != ALL && found.len() < limit {
@@ -141,40 +157,83 @@ pub(super) async fn claim(
         let late = find(database, now_us.saturating_sub(GRACE_US), ALL, limit - found.len()).await?;
         found.extend(late.into_iter().filter(|late| !part_holds(part, &late.user)));
     }
-    let models = found.iter().map(|inbox| {
-        let filter = doc! {
-            "_id": &inbox.user, "armed": inbox.armed, "due": inbox.due,
-            "written": inbox.written, "mark": inbox.mark,
-        };
-        // Without anything unwritten it is armed in vain.
-        let update = if inbox.done() >= inbox.seq {
-            doc! { "$unset": { "due": "" }, "$set": { "attempt": 0_i64 } }
-        } else {
-            doc! { "$set": { "due": until_us.cast_signed() } }
-        };
-        database.update(filter, update, false)
-    });
-    let outcomes = database.write(StoreOperation::Claim, models.collect()).await;
-    let mut claimed = Vec::new();
-    for (inbox, outcome) in found.into_iter().zip(outcomes) {
+    let (mut models, mut planned) = (Vec::new(), Vec::new());
+    for inbox in found {
+        match plan(database, &inbox, now_us, until_us) {
+            Ok((model, claim)) => {
+                models.push(model);
+                planned.push((inbox, claim));
+            }
+            // The others go on.
+            Err(error) => tracing::error!(%error, "an inbox is not relayed again"),
+        }
+    }
+    let outcomes = database.write(StoreOperation::Claim, models).await;
+    let mut claims = Claims::default();
+    for ((inbox, plan), outcome) in planned.into_iter().zip(outcomes) {
         match outcome {
-            Outcome::Done if inbox.done() < inbox.seq => claimed.push(DueInbox {
-                after: inbox.done().cast_unsigned(),
-                user: inbox.user,
-                epoch: inbox.epoch.cast_unsigned(),
-                armed: inbox.armed.cast_unsigned(),
-                attempt: u32::try_from(inbox.attempt).unwrap_or(u32::MAX),
-            }),
-            Outcome::Done | Outcome::Missed => {}
+            Outcome::Done => claims.add(inbox, plan),
+            Outcome::Missed => {}
             // What was claimed comes back by itself.
             Outcome::Unknown(error) => return Err(StoreError::Unavailable(error)),
         }
     }
-    Ok(claimed)
+    Ok(claims)
+}
+
+/// What a claim comes to, once its write is done.
+struct Plan {
+    claimed: Claimed,
+    dying: bool,
+}
+
+impl Claims {
+    fn add(&mut self, inbox: DueDoc, plan: Plan) {
+        let epoch = inbox.epoch.cast_unsigned();
+        if plan.dying {
+            self.dying.push((inbox.user.clone(), epoch));
+        }
+        if plan.claimed.relay {
+            self.due.push(DueInbox {
+                after: inbox.done().cast_unsigned(),
+                user: inbox.user,
+                epoch,
+                armed: inbox.armed.cast_unsigned(),
+                attempt: u32::try_from(inbox.attempt).unwrap_or(u32::MAX),
+                retries: plan.claimed.retries,
+            });
+        }
+    }
+}
+
+/// The write that claims an inbox; its condition is that nothing has changed.
+fn plan(
+    database: &Database,
+    inbox: &DueDoc,
+    now_us: u64,
+    until_us: u64,
+) -> Result<(WriteModel, Plan), StoreError> {
+    let mut attempts = documents::attempts(&inbox.user, inbox.attempts.as_ref())?;
+    let mut filter = doc! {
+        "_id": &inbox.user, "armed": inbox.armed, "due": inbox.due,
+        "written": inbox.written, "mark": inbox.mark,
+    };
+    let before = attempts.clone();
+    // A node that does not know of attempts leaves those of what it settles.
+    attempts.settle_by(|seq| seq <= inbox.mark.cast_unsigned());
+    let dying = attempts.dying().next().is_some();
+    let claimed = due::claim(&mut attempts, inbox.done() < inbox.seq, now_us, until_us);
+    let mut change = Change::new(&before, inbox.settles, &mut filter);
+    change.due(claimed.due_us);
+    if !claimed.relay && claimed.due_us.is_none() {
+        change.set.insert("attempt", 0_i64);
+    }
+    change.attempts(&before, &attempts);
+    Ok((database.update(filter, change.update(), false), Plan { claimed, dying }))
 }
 
 fn part_holds(part: Part, user: &str) -> bool {
-    let hash = i64::from(super::documents::user_hash(user));
+    let hash = i64::from(documents::user_hash(user));
     (part.from..part.to).contains(&hash)
 }
 
@@ -188,7 +247,8 @@ async fn find(database: &Database, now_us: u64, part: Part, limit: usize) -> Res
         return Ok(Vec::new());
     }
     let fields = doc! {
-        "epoch": 1, "seq": 1, "mark": 1, "written": 1, "armed": 1, "attempt": 1, "due": 1,
+        "epoch": 1, "seq": 1, "mark": 1, "settles": 1, "written": 1, "armed": 1, "attempt": 1, "due": 1,
+        "attempts": 1,
     };
     let options = FindOptions::builder()
         .sort(doc! { "due": 1 })
@@ -228,32 +288,6 @@ pub(super) async fn oldest(database: &Database, limit: usize) -> Result<Option<u
         }
     }
     Ok(oldest)
-}
-
-/// Says what follows for claimed inboxes.
-pub(super) async fn rearm(database: &Database, rearms: &[Rearm]) -> Result<(), StoreError> {
-    // The last word about an inbox counts.
-    let rearms: HashMap<&str, &Rearm> = rearms.iter().map(|rearm| (rearm.user.as_str(), rearm)).collect();
-    let models = rearms.into_values().map(|rearm| {
-        // One that was written or settled meanwhile is not armed any more, and stays so. One that was armed afresh
-        // is due when that says.
-        let filter = doc! {
-            "_id": &rearm.user, "armed": rearm.armed.cast_signed(), "due": { "$gt": 0_i64 },
-        };
-        let update = match rearm.next {
-            Next::At { due_us, attempt } => {
-                doc! { "$set": { "due": due_us.cast_signed(), "attempt": i64::from(attempt) } }
-            }
-            Next::Parked => doc! { "$unset": { "due": "" }, "$set": { "attempt": 0_i64 } },
-        };
-        database.update(filter, update, false)
-    });
-    for outcome in database.write(StoreOperation::Claim, models.collect()).await {
-        if let Outcome::Unknown(error) = outcome {
-            return Err(StoreError::Unavailable(error));
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]

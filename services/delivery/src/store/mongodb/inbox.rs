@@ -1,12 +1,12 @@
 //! What a lane knows of an inbox: enough to write to it without reading it first. The condition of each write says
 //! whether it still holds.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use mongodb::bson::Uuid as BsonUuid;
 
 use super::documents::{InboxDoc, KeyDoc, MessageDoc, SettlerDoc, WriterDoc};
-use crate::store::{Settled, StoreError, epoch::epoch};
+use crate::store::{Attempts, Settled, StoreError, epoch::epoch};
 
 /// An unsettled message without its body.
 #[derive(Debug, Clone)]
@@ -57,6 +57,10 @@ pub(super) struct Inbox {
     pub(super) beside: BTreeMap<u64, Open>,
     /// Whether they were asked for.
     pub(super) looked_beside: bool,
+    /// What failed; changes with `settles`.
+    pub(super) attempts: Attempts,
+    /// Dying messages whose dead letters are written; for one round.
+    pub(super) buried: BTreeSet<u64>,
     /// Whether it was read in this round: what it says is no older than what is asked.
     pub(super) fresh: bool,
     /// Whether another node wrote to it lately, so that it is read before each write.
@@ -69,7 +73,10 @@ impl Inbox {
     /// The inbox of a user without one.
     pub(super) fn none(store_id: u64, user: &str) -> Self {
         let epoch = epoch(store_id, user).cast_signed();
-        Self { exists: false, ..Self::with(InboxDoc { epoch, ..InboxDoc::default() }, Vec::new()) }
+        Self {
+            exists: false,
+            ..Self::with(InboxDoc { epoch, ..InboxDoc::default() }, Vec::new(), Attempts::default())
+        }
     }
 
     /// What was read.
@@ -78,10 +85,11 @@ impl Inbox {
     /// When a message in it is damaged.
     pub(super) fn new(document: InboxDoc) -> Result<Self, StoreError> {
         let open = document.messages.iter().map(Open::new).collect::<Result<_, _>>()?;
-        Ok(Self::with(document, open))
+        let attempts = document.attempts()?;
+        Ok(Self::with(document, open, attempts))
     }
 
-    fn with(document: InboxDoc, open: Vec<Open>) -> Self {
+    fn with(document: InboxDoc, open: Vec<Open>, attempts: Attempts) -> Self {
         Self {
             exists: true,
             epoch: document.epoch.cast_unsigned(),
@@ -98,6 +106,8 @@ impl Inbox {
             settler: document.settler,
             beside: BTreeMap::new(),
             looked_beside: false,
+            attempts,
+            buried: BTreeSet::new(),
             fresh: true,
             shared: false,
             stale: false,

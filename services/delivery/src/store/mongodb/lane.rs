@@ -2,6 +2,7 @@
 //! user, and the next group when that is answered. Users are spread over lanes by their hash, so that the order of
 //! what one user gets is the order in which it was submitted.
 
+mod bury;
 mod reads;
 
 use std::{
@@ -10,6 +11,7 @@ use std::{
     time::Duration,
 };
 
+use sanjay_runtime::random::SharedRandom;
 use tokio::{sync::mpsc, task::JoinHandle, time::Instant};
 
 use super::{
@@ -25,7 +27,7 @@ use super::{
 use crate::{
     metrics::StoreOperation,
     spans,
-    store::{CommitSink, NewMessage, StoreError},
+    store::{CommitSink, NewMessage, StoreError, StoreOptions},
 };
 
 /// Most users of one group of writes.
@@ -57,6 +59,8 @@ pub(super) struct Lane {
     database: Database,
     sink: Arc<dyn CommitSink>,
     max_unsettled: u64,
+    max_attempts: u32,
+    random: SharedRandom,
     bounds: Bounds,
     queue: mpsc::Receiver<Queued>,
     users: HashMap<String, User>,
@@ -78,15 +82,16 @@ pub(super) struct Lane {
 impl Lane {
     pub(super) fn new(
         database: Database,
-        sink: Arc<dyn CommitSink>,
-        max_unsettled: u64,
+        options: &StoreOptions,
         bounds: Bounds,
         queue: mpsc::Receiver<Queued>,
     ) -> Self {
         Self {
             database,
-            sink,
-            max_unsettled,
+            sink: options.on_commit.clone(),
+            max_unsettled: options.max_unsettled,
+            max_attempts: options.max_attempts,
+            random: options.random.clone(),
             bounds,
             queue,
             users: HashMap::new(),
@@ -216,7 +221,14 @@ impl Lane {
         let now_us = self.database.clock.now_us();
         loop {
             let batch = self.next_batch;
-            let rules = Rules { database: &self.database, now_us, max_unsettled: self.max_unsettled, batch };
+            let rules = Rules {
+                database: &self.database,
+                now_us,
+                max_unsettled: self.max_unsettled,
+                max_attempts: self.max_attempts,
+                random: &*self.random,
+                batch,
+            };
             let Some(user) = self.users.get_mut(name) else { return Ok(None) };
             let before = user.queue.len();
             let step = match (user.queue.front().map(|queued| &queued.work), self.inboxes.get(name)) {
@@ -236,6 +248,7 @@ impl Lane {
                 }
                 Step::Read => self.read_inboxes(&[name.to_owned()]).await?,
                 Step::Beside(from, to) => self.read_beside(name, from, to).await?,
+                Step::Bury(seqs) => self.bury(name, &seqs).await?,
                 Step::Again if user.queue.len() < before => {}
                 Step::Again => return Ok(None),
                 Step::Wait => {
@@ -267,13 +280,13 @@ impl Lane {
             Kind::Ack { settles, plan } => {
                 let ours =
                     |settler: &SettlerDoc| settler.w == *self.database.node && settler.b == attempt.batch;
-                if plan.count() > 0 && inbox.settler.as_ref().is_some_and(ours) {
+                if plan.settles() && inbox.settler.as_ref().is_some_and(ours) {
                     if let Kind::Ack { plan, .. } = attempt.kind {
                         plan.answer(&mut user.queue);
                     }
                     return None;
                 }
-                (plan.count() > 0 && inbox.settles == *settles).then_some(attempt)
+                (plan.settles() && inbox.settles == *settles).then_some(attempt)
             }
             Kind::Arm(_) => None,
         }

@@ -11,12 +11,15 @@ mod audit;
 mod clock;
 mod connect;
 mod database;
+mod dead;
 mod documents;
 mod due;
 mod inbox;
 mod lane;
 mod plan;
+mod queue;
 mod reader;
+mod rearm;
 #[cfg(test)]
 mod tests;
 mod tidy;
@@ -37,28 +40,23 @@ use mongodb::{
 use parking_lot::Mutex;
 use plan::Bounds;
 use prost::Message as _;
+use queue::Queue;
 use sanjay_runtime::clock::SharedClock;
 use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot},
+    sync::{Semaphore, mpsc, oneshot},
     time::Instant,
 };
 use uuid::Uuid;
 use work::{Ack, Append, Call, Queued, Work};
 
 use super::{
-    Acked, AppendError, Appended, AuditPage, DueInbox, InboxQuery, InboxStore, NewMessage, Page, Rearm,
-    Receipt, Settle, Stats, StoreError, StoreOptions,
+    Acked, AppendError, Appended, AuditPage, DeadFilter, DeadLetter, DeadPage, DeadPosition, DueInbox,
+    InboxQuery, InboxStore, NewMessage, Page, Rearm, Receipt, Settle, Stats, StoreError, StoreOptions,
 };
 
 /// How many groups of writes are under way at once: enough that the server has work for all its cores, and can sync
 /// several groups at once, while one waits for a disk or a majority.
 const LANES: usize = 8;
-
-/// Most messages, acks and wishes to arm that wait.
-const MAX_QUEUED: usize = 16_384;
-
-/// Most bytes of payload that wait, in units of 1 KiB.
-const MAX_QUEUED_KIB: usize = 64 * 1024;
 
 /// Most reads that run at once, and most that run or wait.
 const MAX_READERS: usize = 8;
@@ -105,9 +103,7 @@ struct Counted {
 /// The MongoDB adapter. Dropping it lets what is queued finish.
 pub struct MongoStore {
     database: Database,
-    lanes: Vec<mpsc::Sender<Queued>>,
-    queued: Arc<Semaphore>,
-    queued_kib: Arc<Semaphore>,
+    queue: Queue,
     readers: Arc<Semaphore>,
     waiting_reads: Arc<Semaphore>,
     share: Arc<Share>,
@@ -138,6 +134,7 @@ impl MongoStore {
         let database = Database {
             inbox: opened.database.collection("inbox"),
             beside: opened.database.collection("beside"),
+            dead: opened.database.collection("dead"),
             nodes: opened.database.collection::<Document>("nodes"),
             client: opened.client,
             store_id: opened.store_id,
@@ -145,43 +142,16 @@ impl MongoStore {
             clock,
             metrics: options.metrics.clone(),
         };
-        let lanes = (0..LANES).map(|_| start_lane(&database, &options, tuning.bounds)).collect();
+        let queue = Queue::new((0..LANES).map(|_| start_lane(&database, &options, tuning.bounds)));
         Ok(Self {
             database,
-            lanes,
-            queued: Arc::new(Semaphore::new(MAX_QUEUED)),
-            queued_kib: Arc::new(Semaphore::new(MAX_QUEUED_KIB)),
+            queue,
             readers: Arc::new(Semaphore::new(MAX_READERS)),
             waiting_reads: Arc::new(Semaphore::new(MAX_WAITING_READS)),
             share: Arc::new(Share::new(tuning.sharing)),
             counted: Arc::default(),
             old_stats: tuning.old_stats,
         })
-    }
-
-    /// Places for so much work, or a refusal when there are too few.
-    fn places(&self, items: usize, bytes: usize) -> Result<Vec<OwnedSemaphorePermit>, StoreError> {
-        let take = |semaphore: &Arc<Semaphore>, count: usize, all: usize| {
-            // One call larger than the whole queue is let in when the queue is empty.
-            let count = u32::try_from(count.min(all)).unwrap_or(u32::MAX);
-            semaphore.clone().try_acquire_many_owned(count).map_err(|_| StoreError::Busy)
-        };
-        let mut places = vec![take(&self.queued, items, MAX_QUEUED)?];
-        if bytes > 0 {
-            places.push(take(&self.queued_kib, bytes.div_ceil(1024), MAX_QUEUED_KIB)?);
-        }
-        Ok(places)
-    }
-
-    /// Hands work to its user's lane without waiting.
-    fn submit(&self, user: String, work: Work) {
-        let hash = usize::try_from(documents::user_hash(&user)).unwrap_or(0);
-        let queued = Queued { user, work, deadline: Instant::now() + DEADLINE };
-        match self.lanes[hash % self.lanes.len()].try_send(queued) {
-            Ok(()) => {}
-            Err(mpsc::error::TrySendError::Full(queued)) => queued.work.fail(&StoreError::Busy),
-            Err(mpsc::error::TrySendError::Closed(queued)) => queued.work.fail(&gone()),
-        }
     }
 
     /// Runs a read when it is its turn.
@@ -208,8 +178,8 @@ impl MongoStore {
 
 /// Starts a lane. One that panics would leave users whose inboxes take nothing: the process ends instead.
 fn start_lane(database: &Database, options: &StoreOptions, bounds: Bounds) -> mpsc::Sender<Queued> {
-    let (sender, queue) = mpsc::channel(MAX_QUEUED);
-    let lane = Lane::new(database.clone(), options.on_commit.clone(), options.max_unsettled, bounds, queue);
+    let (sender, queue) = mpsc::channel(queue::MAX_QUEUED);
+    let lane = Lane::new(database.clone(), options, bounds, queue);
     tokio::spawn(async move {
         if AssertUnwindSafe(lane.run()).catch_unwind().await.is_err() {
             tracing::error!(
@@ -255,12 +225,12 @@ impl InboxStore for MongoStore {
             return async { Vec::new() }.boxed();
         }
         let bytes = messages.iter().map(|message| message.payload.encoded_len()).sum();
-        let submitted = self.places(count, bytes).map(|places| {
+        let submitted = self.queue.places(count, bytes).map(|places| {
             let (call, answered) = Call::new(count, places);
             for (part, message) in messages.into_iter().enumerate() {
                 let key = key(&message);
                 let user = message.user.clone();
-                self.submit(user, Work::Append(Append { message, key, call: call.clone(), part }));
+                self.queue.submit(user, Work::Append(Append { message, key, call: call.clone(), part }));
             }
             answered
         });
@@ -279,11 +249,11 @@ impl InboxStore for MongoStore {
         if count == 0 {
             return async { Vec::new() }.boxed();
         }
-        let submitted = self.places(count, 0).map(|places| {
+        let submitted = self.queue.places(count, 0).map(|places| {
             let (call, answered) = Call::new(count, places);
             for (part, settle) in settles.into_iter().enumerate() {
                 let user = settle.user.clone();
-                self.submit(user, Work::Ack(Ack::new(settle, call.clone(), part)));
+                self.queue.submit(user, Work::Ack(Ack::new(settle, call.clone(), part)));
             }
             answered
         });
@@ -301,8 +271,8 @@ impl InboxStore for MongoStore {
     fn arm(&self, users: Vec<String>) {
         for user in users {
             // A hint: without a place in the queue, the edge's own reads make up for it.
-            let Ok(places) = self.places(1, 0) else { return };
-            self.submit(user, Work::Arm(places));
+            let Ok(places) = self.queue.places(1, 0) else { return };
+            self.queue.submit(user, Work::Arm(places));
         }
     }
 
@@ -313,11 +283,49 @@ impl InboxStore for MongoStore {
         limit: usize,
     ) -> BoxFuture<'static, Result<Vec<DueInbox>, StoreError>> {
         let share = self.share.clone();
-        self.run(move |database| async move { due::claim(&database, &share, now_us, until_us, limit).await })
+        let claim = self
+            .run(move |database| async move { due::claim(&database, &share, now_us, until_us, limit).await });
+        let queue = self.queue.clone();
+        async move {
+            let claimed = claim.await?;
+            claimed.dying.into_iter().for_each(|(user, epoch)| queue.finish(user, epoch));
+            Ok(claimed.due)
+        }
+        .boxed()
     }
 
     fn rearm(&self, rearms: Vec<Rearm>) -> BoxFuture<'static, Result<(), StoreError>> {
-        self.run(move |database| async move { due::rearm(&database, &rearms).await })
+        self.run(move |database| async move { rearm::rearm(&database, &rearms).await })
+    }
+
+    fn dead_letters(
+        &self,
+        filter: DeadFilter,
+        after: Option<DeadPosition>,
+        limit: usize,
+    ) -> BoxFuture<'static, Result<DeadPage, StoreError>> {
+        self.run(move |database| async move { dead::list(&database, &filter, after, limit).await })
+    }
+
+    fn dead_letter(
+        &self,
+        user: String,
+        message_id: Uuid,
+    ) -> BoxFuture<'static, Result<Option<DeadLetter>, StoreError>> {
+        self.run(move |database| async move { dead::get(&database, &user, message_id).await })
+    }
+
+    fn redriven(
+        &self,
+        user: String,
+        message_id: Uuid,
+        sent_as: Uuid,
+    ) -> BoxFuture<'static, Result<bool, StoreError>> {
+        self.run(move |database| async move { dead::redriven(&database, &user, message_id, sent_as).await })
+    }
+
+    fn purge(&self, letters: Vec<(String, Uuid)>) -> BoxFuture<'static, Result<u64, StoreError>> {
+        self.run(move |database| async move { dead::purge(&database, &letters).await })
     }
 
     fn sweep(&self, _: u64, _: usize) -> BoxFuture<'static, Result<usize, StoreError>> {

@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 
 use mongodb::{bson::doc, options::WriteModel};
+use sanjay_runtime::random::Random;
 
 use super::{
     ack,
@@ -40,6 +41,8 @@ pub(super) struct Rules<'a> {
     pub(super) database: &'a Database,
     pub(super) now_us: u64,
     pub(super) max_unsettled: u64,
+    pub(super) max_attempts: u32,
+    pub(super) random: &'a dyn Random,
     /// Number of the write that is being made.
     pub(super) batch: i64,
 }
@@ -69,6 +72,8 @@ pub(super) enum Step {
     Read,
     /// Bodies beside the inbox must be read first.
     Beside(u64, u64),
+    /// The dead letters of these dying messages must be written first.
+    Bury(Vec<u64>),
     /// Something was answered without a write; plan what follows it.
     Again,
     /// The first so many cannot be done.

@@ -45,7 +45,7 @@ pub(super) async fn read(database: &Database, queries: &[InboxQuery]) -> Vec<Res
     let mut budget = MAX_READ_BYTES;
     for chunk in queries.chunks(MAX_INBOXES) {
         let users: Vec<String> = chunk.iter().map(|query| query.user.clone()).collect();
-        let bodies = chunk.iter().any(|query| query.limit > 0);
+        let bodies = chunk.iter().any(|query| query.limit > 0 || !query.only.is_empty());
         let mut inboxes = match find(database, &users, bodies).await {
             Ok(inboxes) => inboxes,
             Err(error) => {
@@ -94,6 +94,19 @@ async fn page(
     Err(StoreError::Unavailable("a message is in the inbox, and its body is not found".to_owned()))
 }
 
+/// The messages that a query is about, as (seq, delivery), ascending; one more than a page takes.
+fn wanted(inbox: &InboxDoc, query: &InboxQuery) -> Result<Vec<(u64, u32)>, StoreError> {
+    let attempts = inbox.attempts()?;
+    if query.only.is_empty() {
+        let after = query.after.unwrap_or(inbox.mark.cast_unsigned());
+        let deliverable = unsettled(inbox, after).filter_map(|seq| Some((seq, attempts.delivery(seq)?)));
+        return Ok(deliverable.take(query.limit.min(MAX_PAGE_MESSAGES) + 1).collect());
+    }
+    let (settled, head) = (inbox.settled(), inbox.head());
+    let seqs = query.only_seqs().into_iter().filter(|seq| *seq <= head && !settled.holds(*seq));
+    Ok(seqs.filter_map(|seq| Some((seq, attempts.newest(seq)?))).take(MAX_PAGE_MESSAGES + 1).collect())
+}
+
 /// The page; `None` when a body is not where the inbox says.
 async fn try_page(
     database: &Database,
@@ -105,23 +118,24 @@ async fn try_page(
     let after = query.after.unwrap_or(mark);
     let mut page =
         Page { epoch: inbox.epoch.cast_unsigned(), mark, head, covers: head, messages: Vec::new() };
-    let limit = query.limit.min(MAX_PAGE_MESSAGES);
+    let some = !query.only.is_empty();
+    let limit = if some { MAX_PAGE_MESSAGES } else { query.limit.min(MAX_PAGE_MESSAGES) };
     // One more than the page takes tells whether it is the last.
-    let wanted: Vec<u64> = unsettled(inbox, after).take(limit + 1).collect();
+    let wanted = wanted(inbox, query)?;
     let inside: BTreeMap<u64, &MessageDoc> =
         inbox.messages.iter().map(|message| (message.seq(), message)).collect();
-    let expected = &wanted[..wanted.len().min(limit)];
-    let missing: Vec<u64> = expected.iter().copied().filter(|seq| !inside.contains_key(seq)).collect();
+    let expected = wanted[..wanted.len().min(limit)].iter().map(|(seq, _)| *seq);
+    let missing: Vec<u64> = expected.filter(|seq| !inside.contains_key(seq)).collect();
     let (beside, complete) = match (missing.first(), missing.last()) {
         (Some(first), Some(last)) => beside(database, &query.user, *first, *last).await?,
         _ => (BTreeMap::new(), true),
     };
     let (mut bytes, mut budget_left) = (0, *budget);
-    for seq in &wanted {
+    for (seq, delivery) in &wanted {
         let found = inside.get(seq).copied().or_else(|| beside.get(seq));
         let message = match found {
             _ if page.messages.len() >= limit => None,
-            Some(found) => Some(found.message()?),
+            Some(found) => Some(InboxMessage { delivery: *delivery, ..found.message()? }),
             // Beyond what was read at once; the next page begins there.
             None if !complete && !page.messages.is_empty() => None,
             None => return Ok(None),
@@ -265,7 +279,15 @@ pub(super) async fn stats(database: &Database) -> Result<Stats, StoreError> {
         let number = found.and_then(|value| value.as_i64().or_else(|| value.as_i32().map(i64::from)));
         number.unwrap_or_default().max(0).cast_unsigned()
     };
-    Ok(Stats { inboxes: number("inboxes"), unsettled: number("unsettled"), armed: number("armed") })
+    let dead = database.dead.clone();
+    let counting = async move { dead.estimated_document_count().max_time(COUNT).await };
+    let dead_letters = database.call_within(COUNT, StoreOperation::Stats, counting).await?;
+    Ok(Stats {
+        inboxes: number("inboxes"),
+        unsettled: number("unsettled"),
+        armed: number("armed"),
+        dead_letters,
+    })
 }
 
 #[cfg(test)]

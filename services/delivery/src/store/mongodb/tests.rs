@@ -7,7 +7,6 @@ use proptest::prelude::*;
 use sanjay_runtime::{
     Secret,
     clock::{Clock, ManualClock},
-    random::OsRandom,
 };
 use sanjay_testkit::servers::Mongo;
 
@@ -16,10 +15,15 @@ use crate::{
     metrics::{self, Metrics},
     store::{
         self, CommitSink, Location,
-        suite::{self, Harness, MAX_UNSETTLED, message, operations},
+        suite::{
+            self, Harness, MAX_UNSETTLED,
+            failing::{MAX_ATTEMPTS, random},
+            message, operations,
+        },
     },
 };
 
+mod failing;
 mod faults;
 mod shapes;
 
@@ -73,8 +77,9 @@ impl Case {
     fn options(&self) -> StoreOptions {
         StoreOptions {
             max_unsettled: self.max_unsettled,
+            max_attempts: MAX_ATTEMPTS,
             clock: self.clock.clone(),
-            random: Arc::new(OsRandom),
+            random: random(),
             metrics: self.metrics.clone(),
             on_commit: self.on_commit.clone(),
         }

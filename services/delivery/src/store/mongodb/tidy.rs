@@ -76,7 +76,7 @@ pub(super) async fn tidy(database: Database, bounds: Bounds, users: Vec<String>)
 
 async fn try_tidy(database: &Database, bounds: Bounds, users: &[String]) -> Result<Vec<Tidied>, StoreError> {
     let found: Vec<InboxDoc> =
-        database.find_inboxes(StoreOperation::Tidy, users, doc! { "writers": 0 }).await?;
+        database.find_inboxes(StoreOperation::Tidy, users, doc! { "writers": 0, "attempts": 0 }).await?;
     let mut moves = Vec::new();
     for inbox in found {
         moves.push(plan(database, bounds, inbox)?);

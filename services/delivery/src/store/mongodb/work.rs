@@ -10,7 +10,7 @@ use tokio::{
 };
 
 use crate::store::{
-    Acked, AppendError, Appended, MAX_REPORTED, NewMessage, Settle, SettledMessage, StoreError,
+    Acked, AppendError, Appended, MAX_REPORTED, NewMessage, Settle, SettledMessage, StoreError, Verdict,
 };
 
 /// Answers of one call, complete when each of its parts has one. It holds the call's places in the queue.
@@ -72,6 +72,10 @@ pub(super) struct Ack {
     /// Ascending; what was settled in earlier writes for this ack is in `done`.
     pub(super) ranges: Vec<(u64, u64)>,
     pub(super) done: Vec<SettledMessage>,
+    /// What follows from the failures that were taken.
+    failed: Vec<(u64, Verdict)>,
+    /// Whether it is there to have dying messages settled, of which little may be known yet.
+    finishes: bool,
     pub(super) call: Arc<Call<Result<Acked, StoreError>>>,
     pub(super) part: usize,
 }
@@ -82,7 +86,26 @@ impl Ack {
             settle.ranges.iter().map(|&SeqRange { from, to }| (from, to)).collect();
         // In ascending order, what moves the mark comes before what needs a range of its own.
         ranges.sort_unstable();
-        Self { settle, ranges, done: Vec::new(), call, part }
+        Self { settle, ranges, done: Vec::new(), failed: Vec::new(), finishes: false, call, part }
+    }
+
+    /// Nobody's ack: has the dying messages of an inbox settled, which happens with any.
+    pub(super) fn finishing(user: String, epoch: u64, places: Vec<OwnedSemaphorePermit>) -> Self {
+        let settle = Settle { user, epoch, ..Settle::default() };
+        let (call, _unheard) = Call::new(1, places);
+        Self { finishes: true, ..Self::new(settle, call, 0) }
+    }
+
+    /// Whether it must be planned by what the database says now.
+    pub(super) fn needs_fresh(&self) -> bool {
+        self.finishes || !self.settle.failed.is_empty() || !self.settle.rewritten.is_empty()
+    }
+
+    /// Notes that its failures were looked at, and what follows from those that were taken.
+    pub(super) fn noted(&mut self, failed: Vec<(u64, Verdict)>) {
+        self.failed.extend(failed);
+        self.settle.failed.clear();
+        self.settle.rewritten.clear();
     }
 
     /// Notes what was settled for it.
@@ -92,7 +115,8 @@ impl Ack {
     }
 
     pub(super) fn answer(self, result: Result<(u64, usize), StoreError>) {
-        let acked = result.map(|(mark, refused)| Acked { mark, messages: self.done, refused });
+        let acked =
+            result.map(|(mark, refused)| Acked { mark, messages: self.done, refused, failed: self.failed });
         self.call.answer(self.part, acked);
     }
 }

@@ -176,7 +176,11 @@ fn prepare(path: &Path, database: &Database, random: &dyn Random) -> Result<u64,
         error => OpenError::Corrupt { path: text(), error: error.to_string() },
     })?;
     match (format, store_id) {
-        (Some(tables::FORMAT), Some(store_id)) => Ok(store_id),
+        (Some(tables::FORMAT), Some(store_id)) => {
+            add_tables(database)
+                .map_err(|error| OpenError::Other { path: text(), error: error.to_string() })?;
+            Ok(store_id)
+        }
         (Some(found), _) => Err(OpenError::Format { path: text(), found }),
         (None, _) => {
             let store_id = random.next_u64();
@@ -203,8 +207,21 @@ fn create_tables(database: &Database, store_id: u64) -> Result<(), redb::Error> 
         let mut meta = transaction.open_table(tables::META)?;
         meta.insert("format", tables::FORMAT)?;
         meta.insert("store_id", store_id)?;
-        super::transaction::Tables::open(&transaction, store_id, 0, 0)?;
+        drop(meta);
+        tables::create(&transaction)?;
     }
+    transaction.commit()?;
+    Ok(())
+}
+
+/// Gives a file of an earlier build the tables that came since.
+fn add_tables(database: &Database) -> Result<(), redb::Error> {
+    match database.begin_read()?.open_table(tables::DEAD_OF) {
+        Err(redb::TableError::TableDoesNotExist(_)) => {}
+        table => return table.map(|_| ()).map_err(redb::Error::from),
+    }
+    let transaction = database.begin_write()?;
+    tables::create(&transaction)?;
     transaction.commit()?;
     Ok(())
 }

@@ -3,6 +3,7 @@
 //! One thread writes, in group commits: what is ready goes into one transaction, which is on the disk before any
 //! of it is answered. Readers see the last commit and run on the blocking pool, a few at a time.
 
+mod dead;
 mod file;
 mod reader;
 mod tables;
@@ -30,8 +31,8 @@ use uuid::Uuid;
 use writer::{Operation, Queued, Writer};
 
 use super::{
-    Acked, AppendError, Appended, AuditPage, DueInbox, InboxQuery, InboxStore, NewMessage, Page, Rearm,
-    Receipt, Settle, Stats, StoreError, StoreOptions,
+    Acked, AppendError, Appended, AuditPage, DeadFilter, DeadLetter, DeadPage, DeadPosition, DueInbox,
+    InboxQuery, InboxStore, NewMessage, Page, Rearm, Receipt, Settle, Stats, StoreError, StoreOptions,
 };
 
 /// Most operations that wait for the writer.
@@ -77,6 +78,8 @@ impl RedbStore {
             operations,
             store_id,
             max_unsettled: options.max_unsettled,
+            max_attempts: options.max_attempts,
+            random: options.random,
             clock: options.clock.clone(),
             metrics: options.metrics,
             on_commit: options.on_commit,
@@ -234,6 +237,48 @@ impl InboxStore for RedbStore {
     fn rearm(&self, rearms: Vec<Rearm>) -> BoxFuture<'static, Result<(), StoreError>> {
         let (answer, answered) = oneshot::channel();
         let submitted = self.submit(Operation::Rearm { rearms, answer }, 0);
+        async move {
+            submitted?;
+            answered.await.map_err(|_| gone())?
+        }
+        .boxed()
+    }
+
+    fn dead_letters(
+        &self,
+        filter: DeadFilter,
+        after: Option<DeadPosition>,
+        limit: usize,
+    ) -> BoxFuture<'static, Result<DeadPage, StoreError>> {
+        self.run(move |database| dead::list(database, &filter, after, limit))
+    }
+
+    fn dead_letter(
+        &self,
+        user: String,
+        message_id: Uuid,
+    ) -> BoxFuture<'static, Result<Option<DeadLetter>, StoreError>> {
+        self.run(move |database| dead::get(database, &user, message_id))
+    }
+
+    fn redriven(
+        &self,
+        user: String,
+        message_id: Uuid,
+        sent_as: Uuid,
+    ) -> BoxFuture<'static, Result<bool, StoreError>> {
+        let (answer, answered) = oneshot::channel();
+        let submitted = self.submit(Operation::Redriven { user, message_id, sent_as, answer }, 0);
+        async move {
+            submitted?;
+            answered.await.map_err(|_| gone())?
+        }
+        .boxed()
+    }
+
+    fn purge(&self, letters: Vec<(String, Uuid)>) -> BoxFuture<'static, Result<u64, StoreError>> {
+        let (answer, answered) = oneshot::channel();
+        let submitted = self.submit(Operation::Purge { letters, answer }, 0);
         async move {
             submitted?;
             answered.await.map_err(|_| gone())?

@@ -2,7 +2,6 @@
 
 use std::ops::Bound;
 
-use prost::Message as _;
 use redb::{Database, ReadOnlyTable, ReadableDatabase, ReadableTable, ReadableTableMetadata};
 use sanjay_proto::client::v1::InboxMessage;
 use uuid::Uuid;
@@ -45,6 +44,10 @@ fn read_page(
     query: &InboxQuery,
     budget: &mut usize,
 ) -> Result<Page, redb::Error> {
+    if !query.only.is_empty() {
+        return read_some(bodies, record, query, budget);
+    }
+    let attempts = record.attempts()?;
     let after = query.after.unwrap_or(record.mark);
     let InboxRecord { epoch, mark, head, .. } = *record;
     let mut page = Page { epoch, mark, head, covers: head, messages: Vec::new() };
@@ -53,17 +56,41 @@ fn read_page(
     let user = query.user.as_str();
     let above = after.saturating_add(1).max(mark + 1);
     for entry in bodies.range((user, above)..=(user, u64::MAX))? {
-        let (_, body) = entry?;
+        let (key, body) = entry?;
+        let Some(delivery) = attempts.delivery(key.value().1) else { continue };
         let size = body.value().len();
         let fits = bytes == 0 || bytes + size <= MAX_PAGE_BYTES;
         if page.messages.len() >= limit || !fits || size > *budget {
             page.covers = page.messages.last().map_or(after, |last: &InboxMessage| last.seq);
             break;
         }
-        page.messages.push(
-            InboxMessage::decode(body.value())
-                .map_err(|error| redb::Error::Corrupted(format!("a record of table bodies: {error}")))?,
-        );
+        page.messages.push(InboxMessage { delivery, ..tables::decode("bodies", body.value())? });
+        bytes += size;
+        *budget -= size;
+    }
+    Ok(page)
+}
+
+/// The page of a query for some messages alone.
+fn read_some(
+    bodies: &ReadOnlyTable<(&'static str, u64), &'static [u8]>,
+    record: &InboxRecord,
+    query: &InboxQuery,
+    budget: &mut usize,
+) -> Result<Page, redb::Error> {
+    let attempts = record.attempts()?;
+    let InboxRecord { epoch, mark, head, .. } = *record;
+    let mut page = Page { epoch, mark, head, covers: 0, messages: Vec::new() };
+    let mut bytes = 0;
+    for seq in query.only_seqs() {
+        let Some(delivery) = attempts.newest(seq) else { continue };
+        let Some(body) = bodies.get((query.user.as_str(), seq))? else { continue };
+        let size = body.value().len();
+        let fits = bytes == 0 || bytes + size <= MAX_PAGE_BYTES;
+        if page.messages.len() >= MAX_PAGE_MESSAGES || !fits || size > *budget {
+            break;
+        }
+        page.messages.push(InboxMessage { delivery, ..tables::decode("bodies", body.value())? });
         bytes += size;
         *budget -= size;
     }
@@ -160,5 +187,6 @@ pub(super) fn stats(database: &Database) -> Result<Stats, redb::Error> {
         inboxes: transaction.open_table(tables::INBOXES)?.len()?,
         unsettled: transaction.open_table(tables::BODIES)?.len()?,
         armed: transaction.open_table(tables::DUE)?.len()?,
+        dead_letters: transaction.open_table(tables::DEAD)?.len()?,
     })
 }

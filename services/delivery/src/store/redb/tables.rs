@@ -1,10 +1,10 @@
 //! The tables of the redb file and the records in them. Records are protobuf messages, so that a field can be
 //! added without rewriting a file; a change that is more than that raises [`FORMAT`].
 
-use redb::TableDefinition;
+use redb::{TableDefinition, WriteTransaction};
 use uuid::Uuid;
 
-use crate::store::{DEDUPE_WINDOW, RECEIPT_RETENTION, Settled};
+use crate::store::{Attempts, DEDUPE_WINDOW, RECEIPT_RETENTION, Settled};
 
 /// Version of the tables' layout.
 pub(super) const FORMAT: u64 = 1;
@@ -34,6 +34,36 @@ pub(super) const DEDUPED_AT: TableDefinition<'static, (u64, &str, &str, &str), (
 
 /// (due_us, user) of every armed inbox.
 pub(super) const DUE: TableDefinition<'static, (u64, &str), ()> = TableDefinition::new("due");
+
+/// (user, message id) → [`DeadRecord`].
+pub(super) const DEAD: TableDefinition<'static, (&str, u128), &[u8]> = TableDefinition::new("dead");
+
+/// (user, message id) → `sanjay.client.v1.Payload` of a dead letter: a list reads none.
+pub(super) const DEAD_BODIES: TableDefinition<'static, (&str, u128), &[u8]> =
+    TableDefinition::new("dead_bodies");
+
+/// (died_us, message id, user) of every dead letter: the order of a list.
+pub(super) const DEAD_AT: TableDefinition<'static, (u64, u128, &str), ()> = TableDefinition::new("dead_at");
+
+/// (user, died_us, message id) of every dead letter: the order of a list of one user's.
+pub(super) const DEAD_OF: TableDefinition<'static, (&str, u64, u128), ()> = TableDefinition::new("dead_of");
+
+/// Creates the tables that a file does not have.
+pub(super) fn create(transaction: &WriteTransaction) -> Result<(), redb::Error> {
+    transaction.open_table(META)?;
+    transaction.open_table(INBOXES)?;
+    transaction.open_table(BODIES)?;
+    transaction.open_table(RECEIPTS)?;
+    transaction.open_table(SETTLED_AT)?;
+    transaction.open_table(DEDUPE)?;
+    transaction.open_table(DEDUPED_AT)?;
+    transaction.open_table(DUE)?;
+    transaction.open_table(DEAD)?;
+    transaction.open_table(DEAD_BODIES)?;
+    transaction.open_table(DEAD_AT)?;
+    transaction.open_table(DEAD_OF)?;
+    Ok(())
+}
 
 /// One user's inbox without its bodies.
 #[derive(Clone, PartialEq, prost::Message)]
@@ -65,6 +95,9 @@ pub(super) struct InboxRecord {
     /// Raised by everything that arms the inbox afresh.
     #[prost(uint64, tag = "12")]
     pub(super) armed: u64,
+    /// [`Attempts::encode`].
+    #[prost(bytes = "vec", tag = "13")]
+    pub(super) attempts: Vec<u8>,
 }
 
 impl InboxRecord {
@@ -88,11 +121,39 @@ impl InboxRecord {
         self.settled = settled.ranges().iter().flat_map(|&(from, to)| [from, to]).collect();
     }
 
-    /// Takes the inbox off the due table when nothing in it waits to be written.
-    pub(super) fn disarm_when_done(&mut self) {
-        if self.done() >= self.head {
-            (self.due_us, self.attempt) = (0, 0);
+    /// Whether something waits for its first delivery.
+    pub(super) fn has_unwritten(&self) -> bool {
+        self.done() < self.head
+    }
+
+    /// What is known of messages that failed.
+    ///
+    /// # Errors
+    /// When it is damaged.
+    pub(super) fn attempts(&self) -> Result<Attempts, redb::Error> {
+        Attempts::decode(&self.attempts)
+            .map_err(|error| redb::Error::Corrupted(format!("the attempts of an inbox: {error}")))
+    }
+
+    /// Notes attempts that changed: what is due by them is due no later.
+    pub(super) fn set_attempts(&mut self, attempts: &Attempts) {
+        self.attempts = attempts.encode();
+        if let Some(due_us) = attempts.next_due_us()
+            && (self.due_us == 0 || self.due_us > due_us)
+        {
+            self.due_us = due_us;
         }
+    }
+
+    /// Leaves what the attempts say when nothing waits to be written for the first time.
+    pub(super) fn disarm_when_done(&mut self) -> Result<(), redb::Error> {
+        if !self.has_unwritten() {
+            self.due_us = self.attempts()?.next_due_us().unwrap_or(0);
+            if self.due_us == 0 {
+                self.attempt = 0;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -110,6 +171,34 @@ pub(super) struct ReceiptRecord {
     pub(super) settled_us: u64,
     #[prost(string, tag = "5")]
     pub(super) caller: String,
+}
+
+/// A dead letter without its body.
+#[derive(Clone, PartialEq, prost::Message)]
+pub(super) struct DeadRecord {
+    #[prost(uint64, tag = "1")]
+    pub(super) seq: u64,
+    #[prost(fixed64, tag = "2")]
+    pub(super) epoch: u64,
+    #[prost(string, tag = "3")]
+    pub(super) caller: String,
+    /// [`crate::store::DeadReason::number`].
+    #[prost(int32, tag = "4")]
+    pub(super) reason: i32,
+    #[prost(uint64, tag = "5")]
+    pub(super) accepted_us: u64,
+    #[prost(uint64, tag = "6")]
+    pub(super) died_us: u64,
+    /// The failures, encoded.
+    #[prost(bytes = "vec", tag = "7")]
+    pub(super) failures: Vec<u8>,
+    #[prost(string, tag = "8")]
+    pub(super) trace: String,
+    #[prost(uint64, tag = "9")]
+    pub(super) payload_bytes: u64,
+    /// UUID, 16 bytes; empty while it was not sent again.
+    #[prost(bytes = "vec", tag = "10")]
+    pub(super) redriven_as: Vec<u8>,
 }
 
 /// The first answer under a dedupe key.

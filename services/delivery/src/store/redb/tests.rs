@@ -9,14 +9,21 @@ use std::{
 use proptest::prelude::*;
 use sanjay_runtime::{
     clock::{ManualClock, SystemClock},
-    random::{OsRandom, SeededRandom},
+    random::OsRandom,
 };
 use tempfile::TempDir;
 
 use super::*;
 use crate::{
     metrics,
-    store::suite::{self, Harness, MAX_UNSETTLED, message, operations, read_all, settle},
+    store::{
+        FailureKind,
+        suite::{
+            self, Harness, MAX_UNSETTLED,
+            failing::{self, MAX_ATTEMPTS, random},
+            message, operations, query, read_all, settle,
+        },
+    },
 };
 
 struct Redb {
@@ -44,8 +51,9 @@ impl Redb {
     fn options(&self) -> StoreOptions {
         StoreOptions {
             max_unsettled: MAX_UNSETTLED,
+            max_attempts: MAX_ATTEMPTS,
             clock: self.clock.clone(),
-            random: Arc::new(SeededRandom::new(7)),
+            random: random(),
             metrics: metrics::for_tests(),
             on_commit: Arc::new(()),
         }
@@ -121,6 +129,37 @@ async fn ranges_beyond_the_bound_stay_unsettled() {
     assert_eq!(store.stats().await.unwrap().unsettled, 1);
 }
 
+#[tokio::test]
+async fn a_dying_message_waits_for_room() {
+    let redb = Redb::new();
+    let options = StoreOptions { max_unsettled: 10_000, ..redb.options() };
+    let store = RedbStore::open(redb.path(), options).await.unwrap();
+    failing::dying_without_room(&store, &redb.clock).await;
+}
+
+/// A file of a build that knew no dead letters gets their tables.
+#[tokio::test]
+async fn a_file_without_dead_letters_is_read() {
+    let redb = Redb::new();
+    let store = redb.open().await.unwrap();
+    let epoch = failing::send(&store, &redb.clock, 2).await;
+    drop(store);
+    let database = redb::Database::open(redb.path()).unwrap();
+    let transaction = database.begin_write().unwrap();
+    transaction.delete_table(tables::DEAD).unwrap();
+    transaction.delete_table(tables::DEAD_BODIES).unwrap();
+    transaction.delete_table(tables::DEAD_AT).unwrap();
+    transaction.delete_table(tables::DEAD_OF).unwrap();
+    transaction.commit().unwrap();
+    drop(database);
+    let store = redb.open().await.unwrap();
+    assert_eq!(store.dead_letters(DeadFilter::default(), None, 9).await, Ok(DeadPage::default()));
+    let failed = vec![failing::failure(1, 1, FailureKind::Term, &redb.clock)];
+    let report = Settle { failed, ..settle("bob", epoch, &[], 0) };
+    assert_eq!(store.ack(vec![report]).await.remove(0).unwrap().failed.len(), 1);
+    assert_eq!(store.stats().await.unwrap().dead_letters, 1);
+}
+
 /// A copy that was made while the store was open has everything that was answered.
 #[tokio::test]
 async fn an_unclean_copy_has_everything_that_was_answered() {
@@ -131,10 +170,17 @@ async fn an_unclean_copy_has_everything_that_was_answered() {
     }
     let epoch = read_all(&store, "bob").await.epoch;
     store.ack(vec![settle("bob", epoch, &[(1, 4)], 10)]).await.remove(0).unwrap();
+    for (seq, kind) in [(5, FailureKind::Term), (6, failing::NAK)] {
+        let failed = vec![failing::failure(seq, 1, kind, &redb.clock)];
+        store.ack(vec![Settle { failed, ..settle("bob", epoch, &[], 0) }]).await.remove(0).unwrap();
+    }
     let copy = Redb { directory: tempfile::tempdir().unwrap(), clock: redb.clock.clone() };
     std::fs::copy(redb.path(), copy.path()).unwrap();
     let copied = copy.open().await.unwrap();
     assert_eq!(read_all(&copied, "bob").await, read_all(&store, "bob").await);
+    assert_eq!(read_all(&copied, "bob").await.messages.len(), 4);
+    let letters = copied.dead_letters(DeadFilter::default(), None, 9).await.unwrap().letters;
+    assert_eq!(letters.iter().map(|letter| letter.seq).collect::<Vec<_>>(), [5]);
 }
 
 /// The child of the next test: sends until it is killed, and prints each seq after its answer.
@@ -144,6 +190,7 @@ async fn child_that_sends() {
     let Ok(path) = std::env::var("SANJAY_TEST_STORE") else { return };
     let options = StoreOptions {
         max_unsettled: 1_000_000,
+        max_attempts: MAX_ATTEMPTS,
         clock: Arc::new(SystemClock),
         random: Arc::new(OsRandom),
         metrics: metrics::for_tests(),
@@ -250,8 +297,7 @@ async fn a_closed_file_is_opened_again() {
     let store = redb.open().await.unwrap();
     store.append(vec![message("bob", 1, "x", "", &redb.clock)]).await.remove(0).unwrap();
     store.file.close();
-    let query = vec![InboxQuery { user: "bob".to_owned(), after: None, limit: 1 }];
-    let error = store.read(query).await.remove(0).unwrap_err();
+    let error = store.read(vec![query("bob", None, 1)]).await.remove(0).unwrap_err();
     assert!(matches!(error, StoreError::Unavailable(_)), "{error}");
     let appended = store.append(vec![message("bob", 2, "x", "", &redb.clock)]).await.remove(0);
     assert_eq!(appended.unwrap().seq, 2);

@@ -6,22 +6,49 @@ use std::collections::HashMap;
 use prost::Message as _;
 use redb::{ReadableTable, Table, WriteTransaction};
 use sanjay_proto::client::v1::InboxMessage;
+use sanjay_runtime::random::SharedRandom;
 
 use super::tables::{self, DedupeRecord, InboxRecord, ReceiptRecord};
 use crate::{
     message::State,
     store::{
-        Acked, AppendError, Appended, DueInbox, FIRST_DUE, MAX_REPORTED, NewMessage, Next, Rearm, Settle,
-        SettledMessage, epoch::epoch,
+        Acked, AppendError, Appended, Attempts, DueInbox, FIRST_DUE, MAX_REPORTED, NewMessage, Rearm, Settle,
+        SettledMessage, due, epoch::epoch,
     },
 };
 
 /// An inbox in memory.
-struct Cached {
-    record: InboxRecord,
+pub(super) struct Cached {
+    pub(super) record: InboxRecord,
     /// What the due table holds for it.
     due_us: u64,
-    changed: bool,
+    pub(super) changed: bool,
+}
+
+/// What a transaction goes by.
+pub(super) struct Rules {
+    pub(super) store_id: u64,
+    pub(super) max_unsettled: u64,
+    pub(super) max_attempts: u32,
+    pub(super) now_us: u64,
+    pub(super) random: SharedRandom,
+}
+
+/// What becomes of messages that are settled.
+pub(super) struct Ended<'a> {
+    /// How many were acked, and how many are dead.
+    pub(super) acked: u64,
+    pub(super) dead: u64,
+    /// Of the inbox; what is settled leaves it.
+    pub(super) attempts: Attempts,
+    /// Where those that were acked are named.
+    report: Option<&'a mut Vec<SettledMessage>>,
+}
+
+impl Ended<'_> {
+    pub(super) fn new(attempts: Attempts) -> Self {
+        Self { acked: 0, dead: 0, attempts, report: None }
+    }
 }
 
 /// The tables of one write transaction.
@@ -33,22 +60,19 @@ pub(super) struct Tables<'txn> {
     dedupe: Table<'txn, (&'static str, &'static str, &'static str), &'static [u8]>,
     deduped_at: Table<'txn, (u64, &'static str, &'static str, &'static str), ()>,
     due: Table<'txn, (u64, &'static str), ()>,
+    pub(super) dead: Table<'txn, (&'static str, u128), &'static [u8]>,
+    pub(super) dead_bodies: Table<'txn, (&'static str, u128), &'static [u8]>,
+    pub(super) dead_at: Table<'txn, (u64, u128, &'static str), ()>,
+    pub(super) dead_of: Table<'txn, (&'static str, u64, u128), ()>,
     cache: HashMap<String, Cached>,
-    store_id: u64,
-    max_unsettled: u64,
-    now_us: u64,
+    pub(super) rules: Rules,
     /// Whether something was done that must be durable before it is answered.
     pub(super) must_sync: bool,
 }
 
 impl<'txn> Tables<'txn> {
-    /// Opens, and in a new file creates, the tables.
-    pub(super) fn open(
-        txn: &'txn WriteTransaction,
-        store_id: u64,
-        max_unsettled: u64,
-        now_us: u64,
-    ) -> Result<Self, redb::Error> {
+    /// Opens the tables.
+    pub(super) fn open(txn: &'txn WriteTransaction, rules: Rules) -> Result<Self, redb::Error> {
         Ok(Self {
             inboxes: txn.open_table(tables::INBOXES)?,
             bodies: txn.open_table(tables::BODIES)?,
@@ -57,10 +81,12 @@ impl<'txn> Tables<'txn> {
             dedupe: txn.open_table(tables::DEDUPE)?,
             deduped_at: txn.open_table(tables::DEDUPED_AT)?,
             due: txn.open_table(tables::DUE)?,
+            dead: txn.open_table(tables::DEAD)?,
+            dead_bodies: txn.open_table(tables::DEAD_BODIES)?,
+            dead_at: txn.open_table(tables::DEAD_AT)?,
+            dead_of: txn.open_table(tables::DEAD_OF)?,
             cache: HashMap::new(),
-            store_id,
-            max_unsettled,
-            now_us,
+            rules,
             must_sync: false,
         })
     }
@@ -81,12 +107,12 @@ impl<'txn> Tables<'txn> {
         Ok(self.must_sync)
     }
 
-    fn inbox(&mut self, user: &str) -> Result<&mut Cached, redb::Error> {
+    pub(super) fn inbox(&mut self, user: &str) -> Result<&mut Cached, redb::Error> {
         // Two look-ups: the borrow checker does not accept an early return of the first.
         if !self.cache.contains_key(user) {
             let record = match self.inboxes.get(user)? {
                 Some(bytes) => tables::decode("inboxes", bytes.value())?,
-                None => InboxRecord { epoch: epoch(self.store_id, user), ..InboxRecord::default() },
+                None => InboxRecord { epoch: epoch(self.rules.store_id, user), ..InboxRecord::default() },
             };
             let cached = Cached { due_us: record.due_us, record, changed: false };
             self.cache.insert(user.to_owned(), cached);
@@ -105,7 +131,8 @@ impl<'txn> Tables<'txn> {
         {
             return Ok(first);
         }
-        let (max_unsettled, due_us) = (self.max_unsettled, self.now_us + FIRST_DUE.as_micros() as u64);
+        let (max_unsettled, due_us) =
+            (self.rules.max_unsettled, self.rules.now_us + FIRST_DUE.as_micros() as u64);
         let inbox = self.inbox(&message.user)?;
         let unsettled = inbox.record.unsettled();
         if unsettled >= max_unsettled {
@@ -183,7 +210,7 @@ impl<'txn> Tables<'txn> {
         })))
     }
 
-    /// Settles messages of one inbox and notes what was written.
+    /// Settles messages of one inbox and notes what was written and what failed.
     pub(super) fn ack(&mut self, settle: &Settle) -> Result<Acked, redb::Error> {
         let inbox = self.inbox(&settle.user)?;
         if inbox.record.epoch != settle.epoch {
@@ -194,6 +221,7 @@ impl<'txn> Tables<'txn> {
         if written > inbox.record.written {
             (inbox.record.written, inbox.changed) = (written, true);
         }
+        let attempts = inbox.record.attempts()?;
         let mut settled = inbox.record.settled();
         // In ascending order, what moves the mark comes before what needs a range of its own.
         let mut ranges: Vec<_> = settle.ranges.iter().map(|range| (range.from, range.to.min(head))).collect();
@@ -206,34 +234,40 @@ impl<'txn> Tables<'txn> {
                 Err(_) => acked.refused += 1,
             }
         }
-        let mut count = 0;
+        let mut ended = Ended { report: Some(&mut acked.messages), ..Ended::new(attempts) };
         for (from, to) in fresh {
-            count += self.remove_bodies(&settle.user, from, to, &mut acked.messages)?;
+            self.remove_bodies(&settle.user, from, to, &mut ended)?;
         }
+        let Ended { acked: count, dead, attempts, .. } = ended;
         let inbox = self.inbox(&settle.user)?;
-        if count > 0 {
+        if count + dead > 0 {
             inbox.record.set_settled(&settled);
             inbox.record.acked += count;
+            inbox.record.dead += dead;
+            inbox.record.attempts = attempts.encode();
+            inbox.changed = true;
+            self.must_sync = true;
         }
-        inbox.changed |= count > 0;
-        inbox.record.disarm_when_done();
+        acked.failed = self.note_attempts(settle, attempts)?;
+        let inbox = self.inbox(&settle.user)?;
+        inbox.record.disarm_when_done()?;
         acked.mark = inbox.record.mark;
-        self.must_sync |= count > 0;
         Ok(acked)
     }
 
-    /// Removes bodies, completes their receipts and returns how many there were.
-    fn remove_bodies(
+    /// Removes bodies and completes their receipts. Those of dying messages become dead letters.
+    pub(super) fn remove_bodies(
         &mut self,
         user: &str,
         from: u64,
         to: u64,
-        report: &mut Vec<SettledMessage>,
-    ) -> Result<u64, redb::Error> {
-        let mut count = 0;
+        ended: &mut Ended<'_>,
+    ) -> Result<(), redb::Error> {
+        let mut removed = Vec::new();
         for entry in self.bodies.extract_from_if((user, from)..=(user, to), |_, _| true)? {
-            let (_, bytes) = entry?;
-            let body: InboxMessage = tables::decode("bodies", bytes.value())?;
+            removed.push(tables::decode::<InboxMessage>("bodies", entry?.1.value())?);
+        }
+        for body in removed {
             let message_id = tables::message_id(&body.message_id)?;
             let key = (user, message_id.as_u128());
             let mut receipt: ReceiptRecord = match self.receipts.get(key)? {
@@ -242,25 +276,38 @@ impl<'txn> Tables<'txn> {
                     ReceiptRecord { seq: body.seq, accepted_us: body.time_us, ..ReceiptRecord::default() }
                 }
             };
-            receipt.state = State::Acked.number();
-            receipt.settled_us = self.now_us;
+            let dies = ended.attempts.death(body.seq).is_some();
+            receipt.state = if dies { State::Dead } else { State::Acked }.number();
+            receipt.settled_us = self.rules.now_us;
             self.receipts.insert(key, receipt.encode_to_vec().as_slice())?;
-            self.settled_at.insert((self.now_us, user, message_id.as_u128()), ())?;
-            count += 1;
-            if report.len() < MAX_REPORTED {
-                let accepted_us = receipt.accepted_us;
-                report.push(SettledMessage { seq: body.seq, message_id, accepted_us, trace: body.trace });
+            self.settled_at.insert((self.rules.now_us, user, message_id.as_u128()), ())?;
+            if dies {
+                self.insert_letter(user, &body, &receipt.caller, &ended.attempts)?;
+                ended.dead += 1;
+                continue;
+            }
+            ended.acked += 1;
+            if let Some(report) = &mut ended.report
+                && report.len() < MAX_REPORTED
+            {
+                report.push(SettledMessage {
+                    seq: body.seq,
+                    message_id,
+                    accepted_us: receipt.accepted_us,
+                    trace: body.trace,
+                });
             }
         }
-        Ok(count)
+        ended.attempts.settle(from, to);
+        Ok(())
     }
 
     /// Arms inboxes that hold unwritten messages and are not armed.
     pub(super) fn arm(&mut self, users: &[String]) -> Result<(), redb::Error> {
-        let due_us = self.now_us + FIRST_DUE.as_micros() as u64;
+        let due_us = self.rules.now_us + FIRST_DUE.as_micros() as u64;
         for user in users {
             let inbox = self.inbox(user)?;
-            if inbox.record.done() < inbox.record.head {
+            if inbox.record.has_unwritten() {
                 inbox.record.armed += 1;
                 if inbox.record.due_us == 0 {
                     (inbox.record.due_us, inbox.record.attempt) = (due_us, 0);
@@ -284,17 +331,24 @@ impl<'txn> Tables<'txn> {
         }
         let mut claimed = Vec::with_capacity(users.len());
         for user in users {
+            // What a crash or a lack of room left dying is settled now.
+            self.bury(&user)?;
             let inbox = self.inbox(&user)?;
             // An operation before this one in the same transaction may have moved it.
             if inbox.record.due_us == 0 || inbox.record.due_us > now_us {
                 continue;
             }
-            inbox.record.disarm_when_done();
+            let mut attempts = inbox.record.attempts()?;
+            let claim = due::claim(&mut attempts, inbox.record.has_unwritten(), now_us, until_us);
+            inbox.record.attempts = attempts.encode();
+            inbox.record.due_us = claim.due_us.unwrap_or(0);
             inbox.changed = true;
-            if inbox.record.due_us != 0 {
-                inbox.record.due_us = until_us;
+            if claim.relay {
+                let (after, retries) = (inbox.record.done(), claim.retries);
                 let InboxRecord { epoch, armed, attempt, .. } = inbox.record;
-                claimed.push(DueInbox { user, epoch, armed, attempt, after: inbox.record.done() });
+                claimed.push(DueInbox { user, epoch, armed, attempt, after, retries });
+            } else {
+                inbox.record.disarm_when_done()?;
             }
         }
         Ok(claimed)
@@ -303,22 +357,21 @@ impl<'txn> Tables<'txn> {
     /// Says what follows for claimed inboxes.
     pub(super) fn rearm(&mut self, rearms: &[Rearm]) -> Result<(), redb::Error> {
         for rearm in rearms {
+            let first_due = self.rules.now_us + FIRST_DUE.as_micros() as u64;
             let inbox = self.inbox(&rearm.user)?;
             if inbox.record.armed != rearm.armed {
                 // Armed afresh since the claim, which left it due at the claim's end; the newer message must
                 // not wait for that.
-                let first_due = self.now_us + FIRST_DUE.as_micros() as u64;
-                let inbox = self.inbox(&rearm.user)?;
                 if inbox.record.due_us > first_due {
                     (inbox.record.due_us, inbox.record.attempt, inbox.changed) = (first_due, 0, true);
                 }
                 continue;
             }
-            (inbox.record.due_us, inbox.record.attempt) = match rearm.next {
-                Next::At { due_us, attempt } => (due_us, attempt),
-                Next::Parked => (0, 0),
-            };
-            inbox.record.disarm_when_done();
+            let mut attempts = inbox.record.attempts()?;
+            let (due_us, attempt) = due::rearm(&mut attempts, inbox.record.has_unwritten(), rearm.next);
+            inbox.record.attempts = attempts.encode();
+            (inbox.record.due_us, inbox.record.attempt) = (due_us.unwrap_or(0), attempt);
+            inbox.record.disarm_when_done()?;
             inbox.changed = true;
         }
         Ok(())

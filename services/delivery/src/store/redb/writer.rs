@@ -13,10 +13,14 @@ use std::{
 
 use redb::Durability;
 use sanjay_protocol::ErrorCode;
-use sanjay_runtime::clock::SharedClock;
+use sanjay_runtime::{clock::SharedClock, random::SharedRandom};
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
+use uuid::Uuid;
 
-use super::{file::RedbFile, transaction::Tables};
+use super::{
+    file::RedbFile,
+    transaction::{Rules, Tables},
+};
 use crate::{
     metrics::Metrics,
     spans,
@@ -63,6 +67,16 @@ pub(super) enum Operation {
         limit: usize,
         answer: oneshot::Sender<Result<usize, StoreError>>,
     },
+    Redriven {
+        user: String,
+        message_id: Uuid,
+        sent_as: Uuid,
+        answer: oneshot::Sender<Result<bool, StoreError>>,
+    },
+    Purge {
+        letters: Vec<(String, Uuid)>,
+        answer: oneshot::Sender<Result<u64, StoreError>>,
+    },
 }
 
 /// An operation in the queue, with its share of the queue's bytes.
@@ -78,6 +92,8 @@ enum Outcome {
     Ack(Vec<Result<Acked, StoreError>>),
     Claim(Vec<DueInbox>),
     Sweep(usize),
+    Redriven(bool),
+    Purge(u64),
     Done,
 }
 
@@ -90,6 +106,8 @@ impl Operation {
             Operation::Arm { users } => users.len(),
             Operation::Rearm { rearms, .. } => rearms.len(),
             Operation::Claim { limit, .. } | Operation::Sweep { limit, .. } => *limit,
+            Operation::Redriven { .. } => 1,
+            Operation::Purge { letters, .. } => letters.len(),
         }
     }
 
@@ -121,6 +139,10 @@ impl Operation {
                 Outcome::Done
             }
             Operation::Sweep { now_us, limit, .. } => Outcome::Sweep(tables.sweep(*now_us, *limit)?),
+            Operation::Redriven { user, message_id, sent_as, .. } => {
+                Outcome::Redriven(tables.redriven(user, *message_id, *sent_as)?)
+            }
+            Operation::Purge { letters, .. } => Outcome::Purge(tables.purge(letters)?),
         })
     }
 
@@ -132,6 +154,8 @@ impl Operation {
             (Operation::Claim { answer, .. }, Outcome::Claim(claimed)) => drop(answer.send(Ok(claimed))),
             (Operation::Rearm { answer, .. }, Outcome::Done) => drop(answer.send(Ok(()))),
             (Operation::Sweep { answer, .. }, Outcome::Sweep(removed)) => drop(answer.send(Ok(removed))),
+            (Operation::Redriven { answer, .. }, Outcome::Redriven(found)) => drop(answer.send(Ok(found))),
+            (Operation::Purge { answer, .. }, Outcome::Purge(purged)) => drop(answer.send(Ok(purged))),
             _ => {}
         }
     }
@@ -147,6 +171,8 @@ impl Operation {
             Operation::Claim { answer, .. } => drop(answer.send(Err(error.clone()))),
             Operation::Rearm { answer, .. } => drop(answer.send(Err(error.clone()))),
             Operation::Sweep { answer, .. } => drop(answer.send(Err(error.clone()))),
+            Operation::Redriven { answer, .. } => drop(answer.send(Err(error.clone()))),
+            Operation::Purge { answer, .. } => drop(answer.send(Err(error.clone()))),
             Operation::Arm { .. } => {}
         }
     }
@@ -159,6 +185,8 @@ pub(super) struct Writer {
     pub(super) operations: Receiver<Queued>,
     pub(super) store_id: u64,
     pub(super) max_unsettled: u64,
+    pub(super) max_attempts: u32,
+    pub(super) random: SharedRandom,
     pub(super) clock: SharedClock,
     pub(super) metrics: Metrics,
     pub(super) on_commit: Arc<dyn CommitSink>,
@@ -266,7 +294,14 @@ impl Writer {
         batch: &[Queued],
     ) -> Result<(Vec<Outcome>, usize), redb::Error> {
         let mut transaction = database.begin_write()?;
-        let mut tables = Tables::open(&transaction, self.store_id, self.max_unsettled, self.clock.now_us())?;
+        let rules = Rules {
+            store_id: self.store_id,
+            max_unsettled: self.max_unsettled,
+            max_attempts: self.max_attempts,
+            now_us: self.clock.now_us(),
+            random: self.random.clone(),
+        };
+        let mut tables = Tables::open(&transaction, rules)?;
         let mut outcomes = Vec::with_capacity(batch.len());
         for queued in batch {
             outcomes.push(queued.operation.apply(&mut tables)?);

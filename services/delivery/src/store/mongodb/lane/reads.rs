@@ -30,6 +30,7 @@ impl Lane {
                 Some(inbox) if !inbox.stale && !inbox.shared && !unanswered => {
                     (inbox.fresh, inbox.looked_beside) = (false, false);
                     inbox.beside.clear();
+                    inbox.buried.clear();
                 }
                 _ => wanted.push(name.clone()),
             }

@@ -17,15 +17,14 @@ use sanjay_testkit::{
 use super::*;
 use crate::store::{
     MAX_PAGE_MESSAGES,
-    suite::{read_all, settle},
+    suite::{query, read_all, settle},
 };
 
 /// Everything that is unsettled, page by page.
-async fn all(store: &MongoStore, user: &str) -> Vec<(u64, Uuid)> {
+pub(super) async fn all(store: &MongoStore, user: &str) -> Vec<(u64, Uuid)> {
     let (mut messages, mut after) = (Vec::new(), None);
     loop {
-        let query = InboxQuery { user: user.to_owned(), after, limit: MAX_PAGE_MESSAGES };
-        let page = store.read(vec![query]).await.remove(0).unwrap();
+        let page = store.read(vec![query(user, after, MAX_PAGE_MESSAGES)]).await.remove(0).unwrap();
         messages.extend(
             page.messages.iter().map(|message| (message.seq, Uuid::from_slice(&message.message_id).unwrap())),
         );
@@ -138,12 +137,16 @@ async fn a_node_settles_what_another_appended() {
     }
 }
 
-/// Makes the next commands of a kind fail.
-async fn fail(mongo: &Mongo, times: i32, commands: &[&str], how: Document) {
+/// Makes commands of a kind fail, some of the next by `mode`.
+pub(super) async fn fail(mongo: &Mongo, mode: Document, commands: &[&str], how: Document) {
     let mut data = doc! { "failCommands": commands };
     data.extend(how);
-    let command = doc! { "configureFailPoint": "failCommand", "mode": { "times": times }, "data": data };
+    let command = doc! { "configureFailPoint": "failCommand", "mode": mode, "data": data };
     mongo.command("admin", command).await;
+}
+
+pub(super) async fn stop_failing(mongo: &Mongo) {
+    mongo.command("admin", doc! { "configureFailPoint": "failCommand", "mode": "off" }).await;
 }
 
 #[tokio::test]
@@ -168,7 +171,7 @@ async fn what_became_of_a_failed_write_is_looked_up() {
         let store = case.open().await;
         let epoch = store.append(case.messages("bob", [1])).await.remove(0).unwrap().epoch;
         let (before, _) = case.metrics.store_troubles();
-        fail(&mongo, times, &commands, how.clone()).await;
+        fail(&mongo, doc! { "times": times }, &commands, how.clone()).await;
         let pending: Vec<_> = (2..8).map(|id| store.append(case.messages("bob", [id]))).collect();
         for (pending, seq) in pending.into_iter().zip(2..) {
             assert_eq!(pending.await.remove(0).unwrap().seq, seq, "{name}");
@@ -178,7 +181,7 @@ async fn what_became_of_a_failed_write_is_looked_up() {
         let (after, _) = case.metrics.store_troubles();
         assert!(after > before, "{name}: the fault did not land");
         // Acks are looked up likewise.
-        fail(&mongo, times, &commands, how).await;
+        fail(&mongo, doc! { "times": times }, &commands, how).await;
         let acked = store.ack(vec![settle("bob", epoch, &[(1, 5)], 0)]).await.remove(0).unwrap();
         assert_eq!((acked.mark, acked.messages.len()), (5, 5), "{name}");
         let (last, _) = case.metrics.store_troubles();
@@ -256,8 +259,7 @@ async fn a_silent_database_answers_nobody_and_loses_nothing() {
     mongo.stop();
     let failed = store.append(case.messages("bob", [2])).await.remove(0);
     assert!(matches!(failed, Err(AppendError::Store(StoreError::Unavailable(_)))), "{failed:?}");
-    let query = InboxQuery { user: "bob".to_owned(), after: None, limit: 1 };
-    let unread = store.read(vec![query]).await.remove(0);
+    let unread = store.read(vec![query("bob", None, 1)]).await.remove(0);
     assert!(matches!(unread, Err(StoreError::Unavailable(_))), "{unread:?}");
     mongo.cont();
     // The same store goes on by itself.
@@ -302,8 +304,7 @@ async fn a_killed_database_has_all_that_was_answered() {
         });
         mongo.restart().await;
         eventually("the store is back", Duration::from_secs(20), async || {
-            let query = InboxQuery { user: "bob".to_owned(), after: None, limit: 0 };
-            store.read(vec![query]).await.remove(0).ok()
+            store.read(vec![query("bob", None, 0)]).await.remove(0).ok()
         })
         .await;
     }
@@ -325,7 +326,7 @@ async fn a_killed_database_has_all_that_was_answered() {
 async fn a_queue_that_is_full_refuses() {
     let case = Case::on(Mongo::shared().await);
     let store = case.open().await;
-    let all = store.queued.clone().try_acquire_many_owned(MAX_QUEUED as u32).unwrap();
+    let all = store.queue.queued.clone().try_acquire_many_owned(queue::MAX_QUEUED as u32).unwrap();
     let busy = store.append(case.messages("bob", [1])).await.remove(0);
     assert_eq!(busy, Err(AppendError::Store(StoreError::Busy)));
     assert_eq!(store.ack(vec![settle("bob", 1, &[(1, 1)], 0)]).await, [Err(StoreError::Busy)]);

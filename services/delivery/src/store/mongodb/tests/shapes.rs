@@ -15,12 +15,15 @@ use tokio::{
 
 use super::*;
 use crate::store::{
-    FIRST_DUE, Next,
-    suite::{read_all, settle},
+    DeadReason, FIRST_DUE, FailureKind, Next,
+    suite::{
+        failing::{NAK, failure},
+        query, read_all, settle,
+    },
 };
 
 /// A collection, seen from outside.
-async fn look(case: &Case, collection: &str) -> mongodb::Collection<Document> {
+pub(super) async fn look(case: &Case, collection: &str) -> mongodb::Collection<Document> {
     let mut options = mongodb::options::ClientOptions::parse(&case.location.uri).await.unwrap();
     if !case.location.username.is_empty() {
         let credential = options.credential.get_or_insert_default();
@@ -30,7 +33,7 @@ async fn look(case: &Case, collection: &str) -> mongodb::Collection<Document> {
     Client::with_options(options).unwrap().database(&case.location.name).collection(collection)
 }
 
-async fn inbox_of(collection: &mongodb::Collection<Document>, user: &str) -> Document {
+pub(super) async fn inbox_of(collection: &mongodb::Collection<Document>, user: &str) -> Document {
     collection.find_one(doc! { "_id": user }).await.unwrap().unwrap()
 }
 
@@ -68,7 +71,7 @@ async fn a_long_inbox_moves_beside_its_document_and_is_cleared() {
     let mut seqs = Vec::new();
     while let page = {
         let after = Some(seqs.last().copied().unwrap_or(0));
-        store.read(vec![InboxQuery { user: "bob".into(), after, limit: 50 }]).await.remove(0).unwrap()
+        store.read(vec![query("bob", after, 50)]).await.remove(0).unwrap()
     } && !page.messages.is_empty()
     {
         seqs.extend(page.messages.iter().map(|message| message.seq));
@@ -188,7 +191,7 @@ async fn hot_commands_name_the_user() {
     case.tuning.commands = Some(EventHandler::callback(move |event| {
         let CommandEvent::Started(started) = event else { return };
         for (collection, filter) in parts(&started.command_name, &started.command) {
-            if collection != "inbox" && collection != "beside" {
+            if !["inbox", "beside", "dead"].contains(&collection.as_str()) {
                 continue;
             }
             to_heard.lock().insert(format!("{} {collection}", started.command_name));
@@ -212,9 +215,31 @@ async fn hot_commands_name_the_user() {
     let now_us = case.clock.now_us();
     let claimed = store.claim_due(now_us, now_us + 1_000, 10).await.unwrap().remove(0);
     store.rearm(vec![Rearm { user: claimed.user, armed: claimed.armed, next: Next::Parked }]).await.unwrap();
+    fail_and_look(&case, &store, epoch).await;
     assert_eq!(*strays.lock(), []);
-    let expected = ["bulkWrite beside", "bulkWrite inbox", "find beside", "find inbox"].map(str::to_owned);
+    let expected =
+        ["bulkWrite beside", "bulkWrite dead", "bulkWrite inbox", "find beside", "find dead", "find inbox"]
+            .map(str::to_owned);
     assert_eq!(*heard.lock(), BTreeSet::from(expected));
+}
+
+/// All that is done with a message that fails, and with its dead letter.
+async fn fail_and_look(case: &Case, store: &MongoStore, epoch: u64) {
+    let failed = [(6, NAK), (7, FailureKind::Term)].map(|(seq, kind)| failure(seq, 1, kind, &case.clock));
+    let report = Settle { failed: failed.to_vec(), ..settle("bob", epoch, &[], 0) };
+    assert_eq!(store.ack(vec![report]).await.remove(0).unwrap().failed.len(), 2);
+    case.clock.advance(Duration::from_secs(1));
+    let now_us = case.clock.now_us();
+    let claimed = store.claim_due(now_us, now_us + 1_000, 10).await.unwrap().remove(0);
+    assert_eq!(claimed.retries, [(6, 2)]);
+    store.read(vec![InboxQuery { only: vec![6], ..query("bob", None, 0) }]).await.remove(0).unwrap();
+    let next = Next::At { due_us: now_us + 1, attempt: 1 };
+    store.rearm(vec![Rearm { user: claimed.user, armed: claimed.armed, next }]).await.unwrap();
+    let of_bob = DeadFilter { user: Some("bob".to_owned()), ..DeadFilter::default() };
+    let letter = store.dead_letters(of_bob, None, 10).await.unwrap().letters.remove(0);
+    store.dead_letter(letter.user.clone(), letter.message_id).await.unwrap().unwrap();
+    assert!(store.redriven(letter.user.clone(), letter.message_id, Uuid::nil()).await.unwrap());
+    assert_eq!(store.purge(vec![(letter.user, letter.message_id)]).await, Ok(1));
 }
 
 fn stages(plan: &Document, into: &mut Vec<String>) {
@@ -237,10 +262,29 @@ async fn hot_queries_use_an_index() {
     let case = Case::on(mongo).roomy().small();
     let (store, collection) = (case.open().await, look(&case, "inbox").await);
     for user in 0..30_u128 {
-        store.append(case.messages(&format!("user-{user}"), user * 100..user * 100 + 8)).await;
+        let name = format!("user-{user}");
+        let sent = store.append(case.messages(&name, user * 100..user * 100 + 8)).await.remove(0).unwrap();
+        let failed = vec![failure(3, 1, FailureKind::Term, &case.clock)];
+        store.ack(vec![Settle { failed, ..settle(&name, sent.epoch, &[], 0) }]).await.remove(0).unwrap();
     }
     let users = ["user-1", "user-2"];
+    let (user, position) = (users[0].to_owned(), DeadPosition { died_us: 9, message_id: Uuid::nil() });
+    let of_user = DeadFilter { user: Some(user), ..DeadFilter::default() };
+    let window = DeadFilter {
+        reason: Some(DeadReason::Terminated),
+        from_us: Some(1),
+        to_us: Some(u64::MAX / 4),
+        redriven: true,
+        ..DeadFilter::default()
+    };
+    let newest = doc! { "at": -1 };
     let queries = [
+        ("dead", dead::selection(&DeadFilter::default(), None), newest.clone()),
+        ("dead", dead::selection(&DeadFilter::default(), Some(position)), newest.clone()),
+        ("dead", dead::selection(&window, None), newest.clone()),
+        ("dead", dead::selection(&of_user, None), newest.clone()),
+        ("dead", dead::selection(&of_user, Some(position)), newest.clone()),
+        ("dead", dead::one(users[0], Uuid::nil()), doc! {}),
         ("inbox", doc! { "_id": { "$in": users.to_vec() } }, doc! {}),
         ("inbox", doc! { "_id": users[0], "seq": 8_i64 }, doc! {}),
         ("beside", documents::bodies_between(users[0], 1, 6), doc! { "_id": 1 }),

@@ -17,7 +17,7 @@ def table(status: dict) -> str:
         rows.append((one["name"], one["state"], one["address"], str(one["pid"] or "-"), str(one["restarts"])))
     rows.extend((name, "not here", "-", "-", "-") for name in status["skipped"])
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    return "\n".join("  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in rows)
+    return "\n".join("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
 def hints(stack: Stack, status: dict) -> str:
@@ -48,8 +48,8 @@ def main() -> int:
     for name, help_ in (("stop", "end one service"), ("start", "start one again"), ("kill", "SIGKILL, and keep it down")):
         orders.add_parser(name, help=help_).add_argument("service")
     arguments = parser.parse_args()
-    stack = Stack(arguments.name)
     try:
+        stack = Stack(arguments.name)
         if arguments.order == "up":
             state = stack.up(set(arguments.profile))
             print(table(state))

@@ -34,6 +34,8 @@ class Program:
 def sanjay_binary() -> Path:
     """The binary under test: SANJAY_BIN, else the newest build of this checkout."""
     if named := os.environ.get("SANJAY_BIN"):
+        if not os.access(named, os.X_OK):
+            raise MissingProgram(f"SANJAY_BIN is {named!r}, which is no program; give the path of a sanjay binary")
         return Path(named)
     builds = [ROOT / "target" / profile / "sanjay" for profile in ("release", "debug")]
     built = [build for build in builds if build.exists()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -17,7 +18,7 @@ from typing import Any
 
 from .compose import load
 from .processes import group_lives, marked, signal_group, start_time
-from .programs import ROOT
+from .programs import ROOT, sanjay_binary
 
 COMPOSE = ROOT / "compose/compose.yaml"
 # How long services may take until all are healthy.
@@ -29,6 +30,9 @@ class StackError(Exception):
 
 
 def directory_of(name: str) -> Path:
+    # It becomes part of a path that `down` removes.
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,40}", name):
+        raise StackError(f"{name!r} is no name of a stack; use 1 to 40 letters, digits, - and _")
     base = os.environ.get("XDG_RUNTIME_DIR") or "/tmp"
     return Path(base) / f"sanjay-stack-{os.getuid()}-{name}"
 
@@ -69,6 +73,7 @@ class Stack:
         if self._supervisor_lives():
             raise StackError(f"the stack {self.name!r} is up already; `tests/stack down` ends it")
         load(compose, profiles)
+        sanjay_binary()
         self._secrets(compose)
         self.clean()
         self.directory.mkdir(mode=0o700)

@@ -290,11 +290,11 @@ impl Shared {
 
     /// Notes a peer's health, and says when it changed.
     fn note(&self, peer: &Arc<Peer>, rank: Rank, problem: &str) {
-        let known = peer.problem();
         let before = peer.set(rank, problem);
+        let news = rank == Rank::Down && peer.is_news(problem);
         let (kind, name) = (self.kind, peer.to_string());
         if before == rank {
-            if rank == Rank::Down && *known != *problem {
+            if news {
                 tracing::warn!(peer = kind, endpoint = name, problem, "an endpoint is still left out");
             }
             return;

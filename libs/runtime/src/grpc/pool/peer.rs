@@ -28,6 +28,9 @@ pub(super) enum Rank {
     Down,
 }
 
+/// Most problems of one peer that are logged before it serves again.
+const MAX_TOLD: usize = 4;
+
 /// A process that can be called, at one address. Whoever holds it may use it on when its address is gone from
 /// the pool; its health is watched until nobody does.
 pub struct Peer {
@@ -41,6 +44,8 @@ pub struct Peer {
     lanes: RwLock<Box<[PeerChannel]>>,
     rank: AtomicU8,
     problem: Mutex<Arc<str>>,
+    /// The problems that were logged since it serves no more.
+    told: Mutex<Vec<Arc<str>>>,
     in_flight: AtomicUsize,
     /// Has the watch ask anew.
     pub(super) recheck: Arc<Notify>,
@@ -69,6 +74,7 @@ impl Peer {
             lanes: RwLock::new(channels),
             rank: AtomicU8::new(Rank::Unknown as u8),
             problem: Mutex::new("it was not asked yet".into()),
+            told: Mutex::default(),
             in_flight: AtomicUsize::new(0),
             recheck: Arc::default(),
             _watched: watched,
@@ -95,6 +101,17 @@ impl Peer {
         self.problem.lock().clone()
     }
 
+    /// Whether this problem is worth a line in the log: it was not logged since the peer serves no more, and not many
+    /// others were.
+    pub(super) fn is_news(&self, problem: &str) -> bool {
+        let mut told = self.told.lock();
+        let news = told.len() < MAX_TOLD && !told.iter().any(|known| **known == *problem);
+        if news {
+            told.push(problem.into());
+        }
+        news
+    }
+
     /// Notes what was found; gives what was known before.
     pub(super) fn set(&self, rank: Rank, problem: &str) -> Rank {
         let before = match self.rank.swap(rank as u8, Ordering::Relaxed) {
@@ -102,7 +119,9 @@ impl Peer {
             1 => Rank::Unknown,
             _ => Rank::Down,
         };
-        if rank == Rank::Down {
+        if rank != Rank::Down {
+            self.told.lock().clear();
+        } else {
             *self.problem.lock() = problem.into();
             if before != Rank::Down {
                 // A peer that comes back gets new connections: an old one may hang on a machine that is gone.

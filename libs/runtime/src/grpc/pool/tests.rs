@@ -357,6 +357,11 @@ async fn a_peer_of_another_cluster_is_left_out_and_named() {
     let problem = pool.peers()[0].problem();
     assert!(problem.contains("cluster key is wrong") && problem.contains("cluster.key"), "{problem}");
     assert!(!problem.contains("of another cluster"), "{problem}");
+    // It is asked again each second, and each problem is told once.
+    let peer = &pool.peers()[0];
+    let told = |problems: &[&str]| problems.iter().filter(|problem| peer.is_news(problem)).count();
+    assert_eq!(told(&["closed", "reset", "closed", "reset", &problem]), 2);
+    assert_eq!(told(&["late", "refused", "gone"]), 1, "no more than four");
 }
 
 #[tokio::test]

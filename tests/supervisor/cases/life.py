@@ -131,6 +131,10 @@ def what_cannot_be_honoured_is_refused() -> None:
         result = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
         assert result.returncode == 1 and text in result.stderr, result
     assert not Stack(name).directory.exists(), "a start that was refused left something"
+    # `down` removes the directory of a stack, so a name must not lead to another one.
+    elsewhere = [sys.executable, "-m", "supervisor", "--name", "../elsewhere", "down"]
+    result = subprocess.run(elsewhere, capture_output=True, text=True, check=False)
+    assert result.returncode == 1 and "is no name of a stack" in result.stderr, result
 
 
 def demo() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 
 from .compose import ComposeError
@@ -24,7 +25,7 @@ def hints(stack: Stack, status: dict) -> str:
     nginx = next(one["address"] for one in status["services"] if one["name"] == "nginx")
     lines = [
         "",
-        f"clients      ws://{nginx}:8080/v1/ws (TLS: wss://{nginx}:8443/v1/ws)",
+        f"clients      ws://{nginx}:8080/v1/ws (TLS on port 8443; its certificate is for localhost)",
         f"back ends    http://{nginx}:8082",
         f"logs         {stack.directory}/services/SERVICE/log",
         "secrets      compose/secrets/",
@@ -48,6 +49,8 @@ def main() -> int:
     for name, help_ in (("stop", "end one service"), ("start", "start one again"), ("kill", "SIGKILL, and keep it down")):
         orders.add_parser(name, help=help_).add_argument("service")
     arguments = parser.parse_args()
+    # A start that is told to end takes back what it has started, as with Ctrl-C.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("tests/stack: told to end"))
     try:
         stack = Stack(arguments.name)
         if arguments.order == "up":

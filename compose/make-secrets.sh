@@ -28,6 +28,8 @@ make() {
 openssl rand -hex 32 | make cluster_key
 openssl rand -hex 32 | make token_secret
 openssl rand -hex 16 | make grafana_password
+demo_key_is_new=no
+[[ -s demo_api_key ]] || demo_key_is_new=yes
 openssl rand -hex 32 | make demo_api_key
 
 # Where alerts go: put the address of a Slack-compatible webhook in its place. Until then they stand on Alertmanager's own
@@ -36,6 +38,11 @@ echo "http://127.0.0.1:9/" | make alert_webhook_url
 
 # Delivery knows keys by their hash alone. Add a line for each back end of yours.
 hash=$(printf %s "$(cat demo_api_key)" | openssl dgst -sha256 -r | cut -d' ' -f1)
+if [[ $demo_key_is_new == yes ]] && grep -qs '"demo"' api_keys; then
+    rm -f demo_api_key
+    echo "make-secrets.sh: $directory/api_keys has the hash of a demo key that is gone; remove its entry, or the file" >&2
+    exit 1
+fi
 echo "[{ name = \"demo\", sha256 = \"$hash\" }]" | make api_keys
 
 # A certificate for trying it out; clients have to be told to trust it. Put your own in its place.

@@ -70,6 +70,8 @@ class Managed:
         self.process: subprocess.Popen[bytes] | None = None
         self.started = 0.0
         self.restarts = 0
+        # Whether it was healthy in any of its runs.
+        self.was_healthy = False
         self.failures = 0
         # What is wanted: "running", or "stopped" after a `stop`.
         self.wanted = "running"
@@ -185,6 +187,7 @@ class Managed:
         if status == 0:
             self.state, self._bad_checks = "healthy", 0
             self._healthy_since = self._healthy_since or now
+            self.was_healthy = True
         elif not (starting and now - self.started < health.start_period):
             self._bad_checks += 1
             if self._bad_checks >= health.retries:
@@ -238,6 +241,7 @@ class Managed:
             "start_time": start_time(pid) if pid else None,
             "address": self.rendered.address,
             "restarts": self.restarts,
+            "was_healthy": self.was_healthy,
             "last_exit": self.last_exit,
             "log": str(self.log),
         }

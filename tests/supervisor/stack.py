@@ -23,6 +23,8 @@ from .programs import ROOT, sanjay_binary
 COMPOSE = ROOT / "compose/compose.yaml"
 # How long services may take until all are healthy.
 START = 120.0
+# A service that ended so often before it was healthy once will not become so by itself.
+HOPELESS = 4
 
 
 class StackError(Exception):
@@ -103,8 +105,9 @@ class Stack:
                 raise StackError(f"the supervisor ended: {log.splitlines()[-1] if log else process.returncode}")
             with contextlib.suppress(OSError, ValueError):
                 status = self.status()
-                if status["failed"]:
-                    raise StackError(f"{status['failed'][0]} failed\n{self.tail(status['failed'][0])}")
+                new = [one for one in status["services"] if process and not one["was_healthy"]]
+                if wrong := status["failed"] + [one["name"] for one in new if one["restarts"] >= HOPELESS]:
+                    raise StackError(f"{wrong[0]} does not come up\n{self.tail(wrong[0])}")
                 if condition(status):
                     return status
             time.sleep(0.1)
@@ -164,7 +167,8 @@ class Stack:
     def tail(self, service: str, lines: int = 15) -> str:
         with contextlib.suppress(OSError):
             log = (self.directory / "services" / service / "log").read_text(errors="replace")
-            return "\n".join(log.splitlines()[-lines:])
+            # Who is started again and again says the same each time.
+            return "\n".join(list(dict.fromkeys(log.splitlines()))[-lines:])
         return "(no log)"
 
     def secret(self, name: str) -> str:

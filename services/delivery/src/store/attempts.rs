@@ -7,9 +7,10 @@
 use std::time::Duration;
 
 use prost::Message as _;
+use sanjay_runtime::random::{Random, fraction};
 use uuid::Uuid;
 
-use super::DeadReason;
+use super::{DeadReason, Settle, Settled};
 use crate::retry;
 
 /// Most messages of an inbox that can have failed and be neither settled nor dead. At the bound further failures are
@@ -134,6 +135,29 @@ impl Attempts {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
+    }
+
+    /// Takes what an edge reports: redeliveries that it wrote, then deliveries that failed, of messages up to `head` that
+    /// are not settled. Returns what follows from the failures that were taken.
+    pub fn report(
+        &mut self,
+        settle: &Settle,
+        head: u64,
+        settled: &Settled,
+        max_attempts: u32,
+        random: &dyn Random,
+    ) -> Vec<(u64, Verdict)> {
+        for &(seq, delivery) in &settle.rewritten {
+            self.rewritten(seq, delivery);
+        }
+        let mut taken = Vec::new();
+        for failure in
+            settle.failed.iter().filter(|failure| failure.seq <= head && !settled.holds(failure.seq))
+        {
+            let verdict = self.fail(failure.clone(), max_attempts, fraction(random));
+            taken.extend(verdict.map(|verdict| (failure.seq, verdict)));
+        }
+        taken
     }
 
     /// Takes a failure of an unsettled message. `None`: it is stale, or was reported before. `fraction` is random in

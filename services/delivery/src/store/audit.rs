@@ -132,10 +132,7 @@ mod tests {
             for (from, length) in acks {
                 settled.settle(from, (from + length).min(head)).unwrap();
             }
-            let is_settled = |seq: u64| {
-                seq <= settled.mark() || settled.ranges().iter().any(|&(from, to)| from <= seq && seq <= to)
-            };
-            let open: std::collections::BTreeSet<u64> = (1..=head).filter(|seq| !is_settled(*seq)).collect();
+            let open: std::collections::BTreeSet<u64> = (1..=head).filter(|seq| !settled.holds(*seq)).collect();
             let found = compare(1, head, &settled, bodies.iter().copied());
             let counts = found.map_or((0, 0), |found| (found.missing, found.excess));
             let expected = (open.difference(&bodies).count(), bodies.difference(&open).count());

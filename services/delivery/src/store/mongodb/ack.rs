@@ -8,7 +8,6 @@ mod model;
 
 use std::collections::VecDeque;
 
-use sanjay_runtime::random::fraction;
 use uuid::Uuid;
 
 use super::{
@@ -203,17 +202,8 @@ impl Plan {
     /// is settled.
     fn note(&mut self, rules: &Rules<'_>, ack: &Ack, part: &mut Part, head: u64) {
         part.noted = true;
-        for &(seq, delivery) in &ack.settle.rewritten {
-            self.attempts.rewritten(seq, delivery);
-        }
-        for failure in &ack.settle.failed {
-            let seq = failure.seq;
-            if seq > head || self.settled.holds(seq) {
-                continue;
-            }
-            let taken = self.attempts.fail(failure.clone(), rules.max_attempts, fraction(rules.random));
-            part.failed.extend(taken.map(|verdict| (seq, verdict)));
-        }
+        let attempts = &mut self.attempts;
+        part.failed = attempts.report(&ack.settle, head, &self.settled, rules.max_attempts, rules.random);
         self.fails |= part.failed.iter().any(|(_, verdict)| *verdict != Verdict::Full);
         if part.failed.iter().any(|(_, verdict)| matches!(verdict, Verdict::Dead(_))) {
             part.end = None;

@@ -3,11 +3,11 @@
 
 use std::collections::{HashMap, VecDeque};
 
-use mongodb::bson::{Bson, Document, doc, serialize_to_bson};
+use mongodb::bson::{Bson, Document, doc};
 
 use super::{
     database::Database,
-    documents::{self, KeyDoc, MessageDoc, WriterDoc, binary, id},
+    documents::{self, KeyDoc, MessageDoc, WriterDoc, binary, bson, id},
     inbox::{Inbox, Open},
     plan::{Attempt, Kind, Rules, Step},
     work::{Append, Queued, Work},
@@ -203,10 +203,6 @@ fn idle_writers(rules: &Rules<'_>, inbox: &Inbox) -> Document {
     let idle = |writer: &WriterDoc| writer.t < rules.now_us.cast_signed() - IDLE_WRITER_US;
     let others = inbox.writers.iter().filter(|(node, writer)| **node != *rules.database.node && idle(writer));
     others.map(|(node, _)| (format!("writers.{node}"), Bson::from(""))).collect()
-}
-
-fn bson(value: &impl serde::Serialize) -> Result<Bson, StoreError> {
-    serialize_to_bson(value).map_err(|error| StoreError::Unavailable(error.to_string()))
 }
 
 /// Takes over a write that is durable: what is known of the inbox, the sink, the answers.

@@ -113,11 +113,8 @@ async fn bodies(database: &Database, inbox: &AuditDoc) -> Result<Vec<u64>, Store
         let options = FindOptions::builder().projection(doc! { "messages.n": 1 }).build();
         let beside: Vec<NumbersDoc> = database.find_beside(StoreOperation::Audit, filter, options).await?;
         let settled = inbox.settled();
-        let is_settled = |seq: &u64| {
-            *seq <= settled.mark() || settled.ranges().iter().any(|(from, to)| (*from..=*to).contains(seq))
-        };
         let beside = beside.iter().flat_map(|bodies| &bodies.messages).map(|body| body.n.cast_unsigned());
-        seqs.extend(beside.filter(|seq| !is_settled(seq)));
+        seqs.extend(beside.filter(|seq| !settled.holds(*seq)));
     }
     seqs.sort_unstable();
     Ok(seqs)

@@ -4,7 +4,7 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use mongodb::{
-    bson::{Binary, Document, Uuid as BsonUuid, doc, serialize_to_document},
+    bson::{Binary, Document, Uuid as BsonUuid, doc},
     options::{DeleteOneModel, FindOptions, InsertOneModel, WriteModel},
 };
 use prost::Message as _;
@@ -14,7 +14,7 @@ use uuid::Uuid;
 
 use super::{
     database::{Database, Outcome, update_of},
-    documents::{BodiesDoc, InboxDoc, MessageDoc, binary, bodies_between, id},
+    documents::{BodiesDoc, InboxDoc, MessageDoc, binary, bodies_between, document, id},
 };
 use crate::{
     metrics::StoreOperation,
@@ -161,8 +161,7 @@ pub(super) async fn write_letters(
     let namespace = database.dead.namespace();
     let mut models = Vec::with_capacity(bodies.len());
     for letter in bodies.values().filter_map(|message| DeadDoc::new(user, epoch, message, attempts)) {
-        let document =
-            serialize_to_document(&letter).map_err(|error| StoreError::Unavailable(error.to_string()))?;
+        let document = document(&letter)?;
         let model = InsertOneModel::builder().namespace(namespace.clone()).document(document).build();
         models.push(WriteModel::InsertOne(model));
     }

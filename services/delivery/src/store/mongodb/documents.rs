@@ -6,7 +6,10 @@
 
 use std::collections::BTreeMap;
 
-use mongodb::bson::{Binary, Bson, DateTime, Document, Uuid as BsonUuid, doc, spec::BinarySubtype};
+use mongodb::bson::{
+    Binary, Bson, DateTime, Document, Uuid as BsonUuid, doc, serialize_to_bson, serialize_to_document,
+    spec::BinarySubtype,
+};
 use prost::Message as _;
 use sanjay_proto::client::v1::{InboxMessage, Payload};
 use serde::{Deserialize, Serialize};
@@ -55,6 +58,19 @@ pub(super) fn key_digest(caller: &str, key: &str) -> Vec<u8> {
 /// Bytes as BSON.
 pub(super) fn binary(bytes: Vec<u8>) -> Binary {
     Binary { subtype: BinarySubtype::Generic, bytes }
+}
+
+/// A value as BSON.
+///
+/// # Errors
+/// When it cannot be that; what is stored here always can.
+pub(super) fn bson(value: &impl Serialize) -> Result<Bson, StoreError> {
+    serialize_to_bson(value).map_err(|error| StoreError::Unavailable(error.to_string()))
+}
+
+/// A value as a document; as [`bson`].
+pub(super) fn document(value: &impl Serialize) -> Result<Document, StoreError> {
+    serialize_to_document(value).map_err(|error| StoreError::Unavailable(error.to_string()))
 }
 
 /// A message id as BSON.

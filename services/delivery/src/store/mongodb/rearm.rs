@@ -21,6 +21,22 @@ use crate::{
 /// How often an inbox is read when others change it meanwhile. After that its claim ends by itself.
 const TRIES: usize = 3;
 
+/// Narrows a filter to where the attempts still are what they were `before`, with the count of settling writes that they
+/// were read with. Who acks what never failed does not get in the way.
+pub(super) fn unless_attempts_changed(before: &Attempts, settles: i64, filter: &mut Document) {
+    if before.is_empty() {
+        filter.insert("attempts", doc! { "$exists": false });
+    } else {
+        filter.insert("settles", settles);
+    }
+}
+
+/// The update that sets and unsets these fields, without an operator that has none.
+pub(super) fn update_of_fields(set: Document, unset: Document) -> Document {
+    let operators = [("$set", set), ("$unset", unset)].into_iter().filter(|(_, fields)| !fields.is_empty());
+    operators.map(|(operator, fields)| (operator.to_owned(), fields.into())).collect()
+}
+
 /// A change of when an inbox is due, and of its attempts.
 #[derive(Default)]
 pub(super) struct Change {
@@ -32,11 +48,7 @@ pub(super) struct Change {
 impl Change {
     /// A change that is made only where the attempts still are what they were `before`.
     pub(super) fn new(before: &Attempts, settles: i64, filter: &mut Document) -> Self {
-        if before.is_empty() {
-            filter.insert("attempts", doc! { "$exists": false });
-        } else {
-            filter.insert("settles", settles);
-        }
+        unless_attempts_changed(before, settles, filter);
         Self::default()
     }
 
@@ -62,12 +74,7 @@ impl Change {
 
     /// The update; not empty.
     pub(super) fn update(self) -> Document {
-        let mut update = Document::new();
-        for (operator, fields) in [("$set", self.set), ("$unset", self.unset)] {
-            if !fields.is_empty() {
-                update.insert(operator, fields);
-            }
-        }
+        let mut update = update_of_fields(self.set, self.unset);
         if self.counted {
             update.insert("$inc", doc! { "settles": 1_i64 });
         }

@@ -5,14 +5,16 @@
 use std::collections::BTreeMap;
 
 use mongodb::{
-    bson::{Bson, Document, doc, serialize_to_document},
+    bson::{Bson, Document, doc},
     options::{DeleteManyModel, WriteModel},
 };
 use uuid::Uuid;
 
 use super::{
     database::{Database, Outcome},
-    documents::{BodiesDoc, InboxDoc, KeyDoc, MAX_SPAN, MessageDoc, ReceiptDoc, bodies_id, date, key_id},
+    documents::{
+        BodiesDoc, InboxDoc, KeyDoc, MAX_SPAN, MessageDoc, ReceiptDoc, bodies_id, date, document, key_id,
+    },
     inbox::Inbox,
     plan::Bounds,
 };
@@ -179,7 +181,7 @@ fn spill(
 }
 
 fn bodies(database: &Database, user: &str, messages: Vec<MessageDoc>) -> Result<WriteModel, StoreError> {
-    let document = serialize_to_document(&BodiesDoc::new(user, messages)).map_err(encoding)?;
+    let document = document(&BodiesDoc::new(user, messages))?;
     Ok(database.insert(document))
 }
 
@@ -197,8 +199,7 @@ fn receipts_document(user: &str, receipts: &[ReceiptDoc]) -> Result<Document, St
     let last_us = receipts.iter().map(|receipt| receipt.t.cast_unsigned()).max().unwrap_or(0);
     let first = receipts.first().map_or(Uuid::nil(), |receipt| Uuid::from_bytes(receipt.i.bytes()));
     let ids: Vec<Bson> = receipts.iter().map(|receipt| receipt.i.into()).collect();
-    let receipts: Vec<Document> =
-        receipts.iter().map(serialize_to_document).collect::<Result<_, _>>().map_err(encoding)?;
+    let receipts: Vec<Document> = receipts.iter().map(document).collect::<Result<_, _>>()?;
     let expiry = date(last_us + RECEIPT_RETENTION.as_micros() as u64);
     // The first and how many: two nodes that move the same receipts write the same document.
     let id = format!("r/{user}/{first}/{}", ids.len());
@@ -207,12 +208,8 @@ fn receipts_document(user: &str, receipts: &[ReceiptDoc]) -> Result<Document, St
 
 /// A dedupe key beside the inbox, in the place of one that is older.
 fn key_beside(database: &Database, user: &str, key: &KeyDoc) -> Result<WriteModel, StoreError> {
-    let mut set = serialize_to_document(key).map_err(encoding)?;
+    let mut set = document(key)?;
     set.insert("x", date(key.t.cast_unsigned() + DEDUPE_WINDOW.as_micros() as u64));
     let filter = doc! { "_id": key_id(user, &key.k.bytes), "u": user, "n": { "$lt": key.n } };
     Ok(database.update_beside(filter, doc! { "$set": set }))
-}
-
-fn encoding(error: mongodb::bson::error::Error) -> StoreError {
-    StoreError::Unavailable(error.to_string())
 }

@@ -3,7 +3,6 @@
 use prost::Message as _;
 use redb::{Database, ReadOnlyTable, ReadableDatabase, ReadableTable};
 use sanjay_proto::client::v1::{InboxMessage, Payload};
-use sanjay_runtime::random::fraction;
 use uuid::Uuid;
 
 use super::{
@@ -25,25 +24,16 @@ impl Tables<'_> {
         settle: &Settle,
         mut attempts: Attempts,
     ) -> Result<Vec<(u64, Verdict)>, redb::Error> {
-        let mut changed = false;
-        for &(seq, delivery) in &settle.rewritten {
-            changed |= attempts.rewritten(seq, delivery);
+        if attempts.is_empty() && settle.failed.is_empty() {
+            // The usual way: nothing is known of any message, and nothing is to be noted.
+            return Ok(Vec::new());
         }
         let (random, max_attempts) = (self.rules.random.clone(), self.rules.max_attempts);
         let inbox = self.inbox(&settle.user)?;
-        let (settled, head) = (inbox.record.settled(), inbox.record.head);
-        let mut failed = Vec::new();
-        for failure in &settle.failed {
-            let seq = failure.seq;
-            if seq > head || settled.holds(seq) {
-                continue;
-            }
-            if let Some(verdict) = attempts.fail(failure.clone(), max_attempts, fraction(&*random)) {
-                failed.push((seq, verdict));
-            }
-        }
+        let (settled, head, before) = (inbox.record.settled(), inbox.record.head, attempts.clone());
+        let failed = attempts.report(settle, head, &settled, max_attempts, &*random);
         let taken = failed.iter().any(|(_, verdict)| *verdict != Verdict::Full);
-        if changed || taken {
+        if attempts != before {
             inbox.record.set_attempts(&attempts);
             inbox.changed = true;
         }

@@ -115,6 +115,20 @@ impl RedbStore {
         operations.try_send(Queued { operation, bytes, _permit: permit }).map_err(|_| StoreError::Busy)
     }
 
+    /// Has the writer do something that it answers as a whole.
+    fn ask<T: Send + 'static>(
+        &self,
+        operation: impl FnOnce(oneshot::Sender<Result<T, StoreError>>) -> Operation,
+    ) -> BoxFuture<'static, Result<T, StoreError>> {
+        let (answer, answered) = oneshot::channel();
+        let submitted = self.submit(operation(answer), 0);
+        async move {
+            submitted?;
+            answered.await.map_err(|_| gone())?
+        }
+        .boxed()
+    }
+
     /// Runs a read on the blocking pool.
     fn run<T: Send + 'static>(
         &self,
@@ -235,13 +249,7 @@ impl InboxStore for RedbStore {
     }
 
     fn rearm(&self, rearms: Vec<Rearm>) -> BoxFuture<'static, Result<(), StoreError>> {
-        let (answer, answered) = oneshot::channel();
-        let submitted = self.submit(Operation::Rearm { rearms, answer }, 0);
-        async move {
-            submitted?;
-            answered.await.map_err(|_| gone())?
-        }
-        .boxed()
+        self.ask(|answer| Operation::Rearm { rearms, answer })
     }
 
     fn dead_letters(
@@ -267,33 +275,15 @@ impl InboxStore for RedbStore {
         message_id: Uuid,
         sent_as: Uuid,
     ) -> BoxFuture<'static, Result<bool, StoreError>> {
-        let (answer, answered) = oneshot::channel();
-        let submitted = self.submit(Operation::Redriven { user, message_id, sent_as, answer }, 0);
-        async move {
-            submitted?;
-            answered.await.map_err(|_| gone())?
-        }
-        .boxed()
+        self.ask(|answer| Operation::Redriven { user, message_id, sent_as, answer })
     }
 
     fn purge(&self, letters: Vec<(String, Uuid)>) -> BoxFuture<'static, Result<u64, StoreError>> {
-        let (answer, answered) = oneshot::channel();
-        let submitted = self.submit(Operation::Purge { letters, answer }, 0);
-        async move {
-            submitted?;
-            answered.await.map_err(|_| gone())?
-        }
-        .boxed()
+        self.ask(|answer| Operation::Purge { letters, answer })
     }
 
     fn sweep(&self, now_us: u64, limit: usize) -> BoxFuture<'static, Result<usize, StoreError>> {
-        let (answer, answered) = oneshot::channel();
-        let submitted = self.submit(Operation::Sweep { now_us, limit, answer }, 0);
-        async move {
-            submitted?;
-            answered.await.map_err(|_| gone())?
-        }
-        .boxed()
+        self.ask(|answer| Operation::Sweep { now_us, limit, answer })
     }
 
     fn stats(&self) -> BoxFuture<'static, Result<Stats, StoreError>> {

@@ -38,63 +38,64 @@ pub(super) fn read(
         .collect()
 }
 
+/// A page that is being filled.
+struct Filling<'a> {
+    page: Page,
+    limit: usize,
+    bytes: usize,
+    /// Bytes that all pages of the call may still take.
+    budget: &'a mut usize,
+}
+
+impl Filling<'_> {
+    /// Adds a body; false when the page is full.
+    fn add(&mut self, body: &[u8], delivery: u32) -> Result<bool, redb::Error> {
+        let size = body.len();
+        let fits = self.bytes == 0 || self.bytes + size <= MAX_PAGE_BYTES;
+        if self.page.messages.len() >= self.limit || !fits || size > *self.budget {
+            return Ok(false);
+        }
+        self.page.messages.push(InboxMessage { delivery, ..tables::decode("bodies", body)? });
+        self.bytes += size;
+        *self.budget -= size;
+        Ok(true)
+    }
+}
+
 fn read_page(
     bodies: &ReadOnlyTable<(&'static str, u64), &'static [u8]>,
     record: &InboxRecord,
     query: &InboxQuery,
     budget: &mut usize,
 ) -> Result<Page, redb::Error> {
-    if !query.only.is_empty() {
-        return read_some(bodies, record, query, budget);
-    }
     let attempts = record.attempts()?;
-    let after = query.after.unwrap_or(record.mark);
     let InboxRecord { epoch, mark, head, .. } = *record;
-    let mut page = Page { epoch, mark, head, covers: head, messages: Vec::new() };
-    let limit = query.limit.min(MAX_PAGE_MESSAGES);
-    let mut bytes = 0;
+    let page = Page { epoch, mark, head, ..Page::default() };
+    let limit = if query.only.is_empty() { query.limit.min(MAX_PAGE_MESSAGES) } else { MAX_PAGE_MESSAGES };
+    let mut filling = Filling { page, limit, bytes: 0, budget };
     let user = query.user.as_str();
+    if !query.only.is_empty() {
+        for seq in query.only_seqs() {
+            let Some(delivery) = attempts.newest(seq) else { continue };
+            let Some(body) = bodies.get((user, seq))? else { continue };
+            if !filling.add(body.value(), delivery)? {
+                break;
+            }
+        }
+        return Ok(filling.page);
+    }
+    filling.page.covers = head;
+    let after = query.after.unwrap_or(mark);
     let above = after.saturating_add(1).max(mark + 1);
     for entry in bodies.range((user, above)..=(user, u64::MAX))? {
         let (key, body) = entry?;
         let Some(delivery) = attempts.delivery(key.value().1) else { continue };
-        let size = body.value().len();
-        let fits = bytes == 0 || bytes + size <= MAX_PAGE_BYTES;
-        if page.messages.len() >= limit || !fits || size > *budget {
-            page.covers = page.messages.last().map_or(after, |last: &InboxMessage| last.seq);
+        if !filling.add(body.value(), delivery)? {
+            filling.page.covers = filling.page.messages.last().map_or(after, |last| last.seq);
             break;
         }
-        page.messages.push(InboxMessage { delivery, ..tables::decode("bodies", body.value())? });
-        bytes += size;
-        *budget -= size;
     }
-    Ok(page)
-}
-
-/// The page of a query for some messages alone.
-fn read_some(
-    bodies: &ReadOnlyTable<(&'static str, u64), &'static [u8]>,
-    record: &InboxRecord,
-    query: &InboxQuery,
-    budget: &mut usize,
-) -> Result<Page, redb::Error> {
-    let attempts = record.attempts()?;
-    let InboxRecord { epoch, mark, head, .. } = *record;
-    let mut page = Page { epoch, mark, head, covers: 0, messages: Vec::new() };
-    let mut bytes = 0;
-    for seq in query.only_seqs() {
-        let Some(delivery) = attempts.newest(seq) else { continue };
-        let Some(body) = bodies.get((query.user.as_str(), seq))? else { continue };
-        let size = body.value().len();
-        let fits = bytes == 0 || bytes + size <= MAX_PAGE_BYTES;
-        if page.messages.len() >= MAX_PAGE_MESSAGES || !fits || size > *budget {
-            break;
-        }
-        page.messages.push(InboxMessage { delivery, ..tables::decode("bodies", body.value())? });
-        bytes += size;
-        *budget -= size;
-    }
-    Ok(page)
+    Ok(filling.page)
 }
 
 /// Reads the record of a message.

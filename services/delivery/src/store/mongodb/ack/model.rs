@@ -1,15 +1,16 @@
 //! The write of a plan: what it asks of the inbox, and what it changes.
 
 use mongodb::{
-    bson::{Bson, Document, doc, serialize_to_bson},
+    bson::{Bson, Document, doc},
     options::WriteModel,
 };
 
 use super::{
     super::{
-        documents::{self, ReceiptDoc, SettlerDoc, binary},
+        documents::{self, ReceiptDoc, SettlerDoc, binary, bson},
         inbox::{Inbox, Open},
         plan::Rules,
+        rearm::{unless_attempts_changed, update_of_fields},
     },
     Plan,
 };
@@ -44,11 +45,7 @@ pub(super) fn model(
         false => drop(set.insert("attempts", binary(plan.attempts.encode()))),
     }
     due(plan, inbox, &mut filter, &mut set, &mut unset, &mut update);
-    for (operator, fields) in [("$set", set), ("$unset", unset)] {
-        if !fields.is_empty() {
-            update.insert(operator, fields);
-        }
-    }
+    update.extend(update_of_fields(set, unset));
     Ok(rules.database.update(filter, update, false))
 }
 
@@ -74,11 +71,7 @@ fn due(
     }
     // Nothing waits to be written, unless something was appended or failed meanwhile.
     filter.insert("seq", inbox.head.cast_signed());
-    if inbox.attempts.is_empty() {
-        filter.insert("attempts", doc! { "$exists": false });
-    } else {
-        filter.insert("settles", inbox.settles);
-    }
+    unless_attempts_changed(&inbox.attempts, inbox.settles, filter);
     match next {
         Some(next) => drop(set.insert("due", next)),
         None => {
@@ -122,8 +115,4 @@ fn receipts(rules: &Rules<'_>, plan: &Plan, inbox: &Inbox) -> Result<Vec<Bson>, 
     let dead = plan.dead.iter().map(|seq| (seq, State::Dead));
     let known = acked.chain(dead).filter_map(|(seq, state)| Some(receipt(inbox.message(*seq)?, state)));
     known.map(|receipt| bson(&receipt)).collect()
-}
-
-fn bson(value: &impl serde::Serialize) -> Result<Bson, StoreError> {
-    serialize_to_bson(value).map_err(|error| StoreError::Unavailable(error.to_string()))
 }

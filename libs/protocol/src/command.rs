@@ -204,7 +204,8 @@ impl Command {
             }
             Command::Nak(Nak { seq, delivery, reason, .. })
             | Command::Term(Term { seq, delivery, reason }) => {
-                check_delivery(*seq, *delivery).and_then(|()| check_reason(reason)).or_else(bad)
+                check_delivery(*seq, *delivery).or_else(bad)?;
+                Ok(names::check_text("reason", reason, MAX_REASON_BYTES)?)
             }
             Command::Working(Working { seq, delivery }) => check_delivery(*seq, *delivery).or_else(bad),
             Command::Credit(Credit { n }) if *n == 0 || *n > MAX_CREDIT => {
@@ -235,16 +236,6 @@ fn check_delivery(seq: u64, delivery: u32) -> Result<(), String> {
         return Err("delivery is 0; give back the delivery that the inbox message had, from 1".to_owned());
     }
     Ok(())
-}
-
-fn check_reason(reason: &str) -> Result<(), String> {
-    if reason.len() > MAX_REASON_BYTES {
-        return Err(format!("reason has {} bytes; at most {MAX_REASON_BYTES} are allowed", reason.len()));
-    }
-    match reason.chars().find(|c| c.is_control()) {
-        Some(c) => Err(format!("reason has the control character {:?}; leave those out", c)),
-        None => Ok(()),
-    }
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]

@@ -76,6 +76,12 @@ pub fn uuid_v4(random: &dyn Random) -> Uuid {
     Builder::from_random_bytes(bits.to_be_bytes()).into_uuid()
 }
 
+/// A name for a node that was given none: `role`, a hyphen, and 32 random bits as eight hex digits.
+#[must_use]
+pub fn node_name(role: &str, random: &dyn Random) -> String {
+    format!("{role}-{:08x}", random.next_u64() >> 32)
+}
+
 /// A number in [0, 1), with 53 random bits.
 #[must_use]
 pub fn fraction(random: &dyn Random) -> f64 {
@@ -120,6 +126,12 @@ mod tests {
         }
         assert_eq!(uuid_v4(&random).get_version_num(), 4);
         assert_ne!(uuid_v4(&OsRandom), uuid_v4(&OsRandom));
+    }
+
+    #[test]
+    fn a_node_is_called_by_its_role_and_eight_digits() {
+        let name = node_name("edge", &SeededRandom::new(0));
+        assert_eq!(name, "edge-e220a839", "the upper half of the first number");
     }
 
     #[test]

@@ -28,8 +28,8 @@ const MAX_REMEMBERED: usize = 1_024;
 
 /// The audit of one node. Where nodes share a store, each audits all of it.
 pub(crate) struct Audit {
-    pub(crate) store: Arc<dyn InboxStore>,
-    pub(crate) metrics: Metrics,
+    store: Arc<dyn InboxStore>,
+    metrics: Metrics,
     round: Round,
     /// What the last complete round found.
     found_before: u64,
@@ -47,10 +47,22 @@ struct Round {
     found: u64,
 }
 
+impl Round {
+    fn begin() -> Self {
+        Self { began: Instant::now(), after: Some(String::new()), page: PAGE, found: 0 }
+    }
+}
+
 impl Audit {
     pub(crate) fn new(store: Arc<dyn InboxStore>, metrics: Metrics) -> Self {
-        let round = Round { began: Instant::now(), after: Some(String::new()), page: PAGE, found: 0 };
-        Self { store, metrics, round, found_before: 0, logged: HashMap::new(), failing: false }
+        Self {
+            store,
+            metrics,
+            round: Round::begin(),
+            found_before: 0,
+            logged: HashMap::new(),
+            failing: false,
+        }
     }
 
     /// Runs until `stop`.
@@ -78,8 +90,7 @@ impl Audit {
             Some(after) => after.clone(),
             None if self.round.began.elapsed() < ROUND => return Ok(()),
             None => {
-                self.round =
-                    Round { began: Instant::now(), after: Some(String::new()), page: PAGE, found: 0 };
+                self.round = Round::begin();
                 String::new()
             }
         };

@@ -124,16 +124,23 @@ pub(crate) fn settled(messages: &[SettledMessage], ack: &AckTrace, took: Duratio
     let Some(first) = recorded.next() else { return };
     let batch = recorded.peek().is_some().then(|| batch(messages, took));
     for message in std::iter::once(first).chain(recorded) {
-        let span = info_span!(parent: None, "settle", otel.kind = "consumer");
         let returned = message.seq == ack.seq && is_same_trace(&ack.trace, &message.trace);
-        set_parent(&span, if returned { &ack.trace } else { &message.trace });
-        under_way(&span, took);
+        let parent = if returned { &ack.trace } else { &message.trace };
+        let span = settle(parent, message.message_id, took);
         if let Some(batch) = &batch {
             link(&span, batch);
         }
-        messaging(&span, "settle", "settle", INBOX);
-        describe(&span, [("messaging.message.id", message.message_id.to_string().into())]);
     }
+}
+
+/// The end of one message's way, below `parent`.
+fn settle(parent: &str, message_id: Uuid, took: Duration) -> Span {
+    let span = info_span!(parent: None, "settle", otel.kind = "consumer");
+    set_parent(&span, parent);
+    under_way(&span, took);
+    messaging(&span, "settle", "settle", INBOX);
+    describe(&span, [("messaging.message.id", message_id.to_string().into())]);
+    span
 }
 
 /// A message that became a dead letter, once that is durable; storing it took `took`. Its failed attempts are events of
@@ -142,11 +149,7 @@ pub(crate) fn died(letter: &DeadLetter, took: Duration) {
     if !is_sampled(&letter.trace) {
         return;
     }
-    let span = info_span!(parent: None, "settle", otel.kind = "consumer");
-    set_parent(&span, &letter.trace);
-    under_way(&span, took);
-    messaging(&span, "settle", "settle", INBOX);
-    describe(&span, [("messaging.message.id", letter.message_id.to_string().into())]);
+    let span = settle(&letter.trace, letter.message_id, took);
     for failure in &letter.failures {
         let attributes = [
             ("sanjay.delivery", i64::from(failure.delivery).into()),

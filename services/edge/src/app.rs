@@ -17,6 +17,7 @@ use sanjay_runtime::{
     Context,
     grpc::{PeerMetrics, PeerPool, PoolOptions},
     mailbox::{self, mailbox},
+    random,
 };
 use sanjay_websocket::serve_upgrade;
 use socket2::{Domain, Protocol, Socket, Type};
@@ -148,7 +149,7 @@ fn start_upstream(
     };
     let (router, delivery) = (PeerPool::start(router, context)?, PeerPool::start(delivery, context)?);
     let node = match config.node.as_str() {
-        "" => format!("edge-{:08x}", context.random.next_u64() >> 32),
+        "" => random::node_name("edge", &*context.random),
         node => node.to_owned(),
     };
     let metrics = &common.metrics;

@@ -43,9 +43,9 @@ pub enum Step {
 pub enum Stale {
     /// The message was not sent on this connection.
     NotSent,
-    /// It is not in flight: it was acked.
-    Answered,
-    /// This delivery of it failed already.
+    /// It is not in flight: it was acked, is settled, or failed and was not sent again here yet.
+    NotInFlight,
+    /// It is not in flight: the newest delivery that was sent on this connection, which is this one, failed already.
     Failed(u32),
     /// Another delivery of it is in flight.
     Other(u32),
@@ -276,10 +276,7 @@ impl Cursor {
     /// # Errors
     /// When it is not in flight; then nothing changes.
     pub fn on_failed(&mut self, seq: u64, delivery: u32, steps: &mut Vec<Step>) -> Result<(), Stale> {
-        self.check(seq, delivery)?;
-        if let Some(in_flight) = &mut self.in_flight {
-            in_flight.fail(seq, delivery);
-        }
+        self.find(seq, delivery)?.fail(seq, delivery);
         self.freed(steps);
         Ok(())
     }
@@ -289,10 +286,7 @@ impl Cursor {
     /// # Errors
     /// When it is not in flight; then nothing changes.
     pub fn on_working(&mut self, seq: u64, delivery: u32, until: Tick) -> Result<(), Stale> {
-        self.check(seq, delivery)?;
-        if let Some(in_flight) = &mut self.in_flight {
-            in_flight.extend(seq, until);
-        }
+        self.find(seq, delivery)?.extend(seq, until);
         Ok(())
     }
 
@@ -309,16 +303,16 @@ impl Cursor {
         overdue
     }
 
-    fn check(&self, seq: u64, delivery: u32) -> Result<(), Stale> {
+    /// Where this delivery is in flight.
+    fn find(&mut self, seq: u64, delivery: u32) -> Result<&mut InFlight, Stale> {
         if seq > self.last {
             return Err(Stale::NotSent);
         }
-        let here = self.in_flight.as_ref();
-        match (here.and_then(|here| here.delivery(seq)), here.and_then(|here| here.failed(seq))) {
-            (Some(newest), _) if newest == delivery => Ok(()),
-            (Some(newest), _) => Err(Stale::Other(newest)),
-            (None, Some(failed)) => Err(Stale::Failed(failed)),
-            (None, None) => Err(Stale::Answered),
+        let here = self.in_flight.as_deref_mut().ok_or(Stale::NotInFlight)?;
+        match here.delivery(seq) {
+            Some(newest) if newest == delivery => Ok(here),
+            Some(newest) => Err(Stale::Other(newest)),
+            None => Err(here.failed(seq).map_or(Stale::NotInFlight, Stale::Failed)),
         }
     }
 

@@ -399,7 +399,7 @@ fn what_failed_frees_its_credit_and_can_still_be_acked() {
     assert_eq!(cursor.on_failed(1, 1, &mut steps), Err(Stale::Failed(1)));
     assert_eq!(cursor.on_failed(3, 1, &mut steps), Err(Stale::NotSent));
     assert_eq!(cursor.on_ack(&[(1, 1)], &mut steps), [(1, 1)], "the ack wins");
-    assert_eq!(cursor.on_failed(1, 1, &mut steps), Err(Stale::Answered));
+    assert_eq!(cursor.on_failed(1, 1, &mut steps), Err(Stale::NotInFlight));
     steps.clear();
     cursor.on_hint(7, InboxMessage { delivery: 2, ..message(1) }, &mut steps);
     assert_eq!(steps, [], "a hint that comes behind the ack");

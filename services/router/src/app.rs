@@ -8,6 +8,7 @@ use sanjay_proto::{edge::v1::router_link_server::RouterLinkServer, router::v1::r
 use sanjay_runtime::{
     Context, MilestoneRing, ReadinessFlag, Validate,
     grpc::{MAX_MESSAGE, ServeOptions, cluster_auth, serve_with},
+    random,
 };
 use tokio::{
     net::TcpListener,
@@ -56,7 +57,7 @@ pub async fn start(
 ) -> anyhow::Result<()> {
     config.validate()?;
     if config.node.is_empty() {
-        config.node = format!("router-{:08x}", context.random.next_u64() >> 32);
+        config.node = random::node_name("router", &*context.random);
     }
     let (clock, random) = (Arc::clone(&context.clock), Arc::clone(&context.random));
     let (known, bus): (Arc<dyn Registry>, Arc<dyn Bus>) = match config.redis()? {

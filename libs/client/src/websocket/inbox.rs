@@ -90,8 +90,8 @@ impl Acker {
     /// server's schedule may take longer. As many failed attempts as the server allows make it a dead letter. `reason`,
     /// up to 200 bytes without control characters, is kept with the attempt.
     ///
-    /// Returns when the connection's task has it. When the connection ends before the server has, the message comes
-    /// again with the next one.
+    /// Returns when it waits to be sent. When the connection ends before the server has it, or there is none, the message
+    /// comes again with the next one.
     ///
     /// # Errors
     /// When delay or reason is out of bounds, or the client has stopped.
@@ -110,7 +110,7 @@ impl Acker {
         self.answer(|delivery| Command::Term(Term { seq, delivery, reason })).await
     }
 
-    /// The message takes longer: the server's ack deadline begins anew. Returns when the connection's task has it.
+    /// The message takes longer: the server's ack deadline begins anew. Returns when that waits to be sent.
     ///
     /// # Errors
     /// When the client has stopped.

@@ -118,8 +118,6 @@ pub(crate) struct Machine {
     unanswered_acks: usize,
     /// `nak`, `term` and `working`, to be sent.
     answers: VecDeque<Command>,
-    /// Those without an answer of their own.
-    unanswered_answers: usize,
     /// No ack before this time, as the server refused the last one for now.
     acks_wait: Option<Instant>,
     backlog: Backlog,
@@ -150,7 +148,6 @@ impl Machine {
             newest_ack: (0, String::new()),
             unanswered_acks: 0,
             answers: VecDeque::new(),
-            unanswered_answers: 0,
             acks_wait: None,
             backlog,
             goaway: None,
@@ -185,7 +182,6 @@ impl Machine {
         self.unanswered_acks = 0;
         // Of deliveries of that connection; on the next one they come again.
         self.answers.clear();
-        self.unanswered_answers = 0;
         self.acks_wait = None;
         self.pong = false;
         self.goaway = None;
@@ -361,7 +357,6 @@ impl Machine {
             && let Some(command) = self.answers.pop_front()
         {
             let frame = self.encode(command);
-            self.unanswered_answers += 1;
             self.push(frame, Pending::Answer, now);
         }
         while let Some(frame) = self.frames.front() {
@@ -386,10 +381,10 @@ impl Machine {
 
     /// Whether the server has every ack, and what else the application said of messages, durable.
     pub(crate) fn acks_are_durable(&self) -> bool {
+        let is_answer = |pending: &Pending| matches!(pending, Pending::Ack(_) | Pending::Answer);
         self.acks.is_empty()
-            && self.unanswered_acks == 0
             && self.answers.is_empty()
-            && self.unanswered_answers == 0
+            && !self.pending.values().any(|(_, pending)| is_answer(pending))
     }
 
     /// Takes a text message of the server.
@@ -496,14 +491,11 @@ impl Machine {
                 let _ = answer.send(Err(NotPublished::Failed(PublishError::Refused(error))));
             }
             (Pending::Ack(ranges), answer) => self.ack_answered(&ranges, answer, now),
-            (Pending::Answer, answer) => {
-                self.unanswered_answers -= 1;
-                if let Event::Error(error) = answer {
-                    // Most likely another delivery is in flight by now.
-                    tracing::debug!(error.message, "the server refused the answer to a message");
-                }
+            (Pending::Answer, Event::Error(error)) => {
+                // Most likely another delivery is in flight by now.
+                tracing::debug!(error.message, "the server refused the answer to a message");
             }
-            (Pending::Unsubscribe, _) => {}
+            (Pending::Answer | Pending::Unsubscribe, _) => {}
             (Pending::Subscribe { .. } | Pending::Publish(_), _) => {
                 return Err(ConnectionError::Protocol("a reply that does not fit its command".to_owned()));
             }

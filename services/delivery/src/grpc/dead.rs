@@ -12,7 +12,6 @@ use sanjay_protocol::{ErrorCode, names};
 use tokio::time::{Interval, MissedTickBehavior, interval_at};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
-use uuid::Uuid;
 
 use super::{BackendApi, Refusal, backend::checked_message_id, stream::Answers, token};
 use crate::{
@@ -70,10 +69,7 @@ pub(super) fn redrive(
     caller: Arc<str>,
 ) -> Result<Answers<RedriveDeadLettersResponse>, Refusal> {
     let RedriveDeadLettersRequest { filter, message_id, rate, dry_run } = request;
-    let select = match checked_selection(filter.unwrap_or_default(), &message_id)? {
-        Selection::One(user, id) => Select::One(user, id),
-        Selection::All(filter) => Select::All(filter),
-    };
+    let select = checked_selection(filter.unwrap_or_default(), &message_id)?;
     let rate = match rate {
         0 => DEFAULT_RATE,
         rate if rate > MAX_RATE => {
@@ -98,14 +94,14 @@ pub(super) async fn purge(
     let PurgeDeadLettersRequest { filter, message_id, dry_run } = request;
     let letters = &api.dead_letters;
     let purged = match checked_selection(filter.unwrap_or_default(), &message_id)? {
-        Selection::One(user, id) => within(api, letters.purge_one(user, id, dry_run)).await??,
-        Selection::All(DeadFilter { user: None, reason: None, from_us: None, to_us: None, .. }) => {
+        Select::One(user, id) => within(api, letters.purge_one(user, id, dry_run)).await??,
+        Select::All(DeadFilter { user: None, reason: None, from_us: None, to_us: None, .. }) => {
             return Err(Refusal::bad(
                 "filter is empty; say which dead letters to remove: by user, reason, from_us or to_us. All of them are those with to_us set to now",
             ));
         }
         // Half of the time is for its last page.
-        Selection::All(filter) => within(api, letters.purge(filter, dry_run, api.deadline / 2)).await??,
+        Select::All(filter) => within(api, letters.purge(filter, dry_run, api.deadline / 2)).await??,
     };
     let Purged { count, more } = purged;
     if !dry_run {
@@ -164,21 +160,15 @@ fn answer(progress: &Progress, done: bool) -> RedriveDeadLettersResponse {
     RedriveDeadLettersResponse { examined, redriven, failed, problem, done, total }
 }
 
-/// Which letters a call is about.
-enum Selection {
-    One(String, Uuid),
-    All(DeadFilter),
-}
-
-fn checked_selection(filter: DeadLetterFilter, message_id: &str) -> Result<Selection, Refusal> {
+fn checked_selection(filter: DeadLetterFilter, message_id: &str) -> Result<Select, Refusal> {
     let wanted = checked_filter(&filter)?;
     if message_id.is_empty() {
-        return Ok(Selection::All(wanted));
+        return Ok(Select::All(wanted));
     }
     let id = checked_message_id(message_id)?;
     match wanted {
         DeadFilter { user: Some(user), reason: None, from_us: None, to_us: None, .. } => {
-            Ok(Selection::One(user, id))
+            Ok(Select::One(user, id))
         }
         DeadFilter { user: None, .. } => {
             Err(Refusal::bad("message_id is set, and filter.user is not; name the user of that message"))

@@ -2,8 +2,6 @@
 //!
 //! A token is opaque to callers, and no secret: whoever makes one up gets a page that begins elsewhere.
 
-use std::fmt::Write as _;
-
 use prost::Message as _;
 use ring::digest::{SHA256, digest};
 use sanjay_proto::delivery::v1::DeadLetterFilter;
@@ -15,20 +13,13 @@ use crate::store::DeadPosition;
 /// Stands before the rest, so that another form can be told apart.
 const VERSION: u8 = 1;
 
-/// Version, time, id, and four bytes for the filter.
-const LENGTH: usize = 1 + 8 + 16 + 4;
+/// Hex digits: of the version, the time, the id, and four bytes for the filter.
+const LENGTH: usize = 2 + 16 + 32 + 8;
 
 /// The token for what follows `position` in a list of `filter`.
 pub(super) fn encode(position: DeadPosition, filter: &DeadLetterFilter) -> String {
-    let bytes = std::iter::once(VERSION)
-        .chain(position.died_us.to_be_bytes())
-        .chain(position.message_id.into_bytes())
-        .chain(fingerprint(filter));
-    bytes.fold(String::with_capacity(2 * LENGTH), |mut text, byte| {
-        // Writing to a string does not fail.
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
+    let DeadPosition { died_us, message_id } = position;
+    format!("{VERSION:02x}{died_us:016x}{}{:08x}", message_id.simple(), fingerprint(filter))
 }
 
 /// What [`encode`] put into a token; `None` for the empty one, which stands for the first page.
@@ -52,24 +43,23 @@ pub(super) fn decode(token: &str, filter: &DeadLetterFilter) -> Result<Option<De
     Ok(Some(DeadPosition { died_us, message_id }))
 }
 
-fn parts(token: &str) -> Option<(u64, Uuid, [u8; 4])> {
-    if token.len() != 2 * LENGTH || !token.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+fn parts(token: &str) -> Option<(u64, Uuid, u32)> {
+    if token.len() != LENGTH || !token.bytes().all(|byte| byte.is_ascii_hexdigit()) {
         return None;
     }
-    let byte = |at: usize| u8::from_str_radix(&token[at..at + 2], 16).ok();
-    let bytes: Vec<u8> = (0..LENGTH).map(|index| byte(2 * index)).collect::<Option<_>>()?;
-    let (version, rest) = bytes.split_first()?;
-    let (died_us, rest) = rest.split_first_chunk()?;
-    let (message_id, rest) = rest.split_first_chunk()?;
-    let print = rest.first_chunk()?;
-    (*version == VERSION).then(|| (u64::from_be_bytes(*died_us), Uuid::from_bytes(*message_id), *print))
+    let (version, rest) = token.split_at(2);
+    let (died_us, rest) = rest.split_at(16);
+    let (message_id, print) = rest.split_at(32);
+    if u8::from_str_radix(version, 16) != Ok(VERSION) {
+        return None;
+    }
+    let died_us = u64::from_str_radix(died_us, 16).ok()?;
+    Some((died_us, Uuid::try_parse(message_id).ok()?, u32::from_str_radix(print, 16).ok()?))
 }
 
-fn fingerprint(filter: &DeadLetterFilter) -> [u8; 4] {
+fn fingerprint(filter: &DeadLetterFilter) -> u32 {
     let hash = digest(&SHA256, &filter.encode_to_vec());
-    let mut print = [0; 4];
-    print.copy_from_slice(&hash.as_ref()[..4]);
-    print
+    hash.as_ref()[..4].iter().fold(0, |print, byte| print << 8 | u32::from(*byte))
 }
 
 #[cfg(test)]
@@ -82,14 +72,13 @@ mod tests {
         let position = DeadPosition { died_us: u64::MAX - 7, message_id: Uuid::from_u128(42) };
         let token = encode(position, &filter);
         assert_eq!(decode(&token, &filter), Ok(Some(position)));
+        assert!(token.starts_with("01fffffffffffffff80000000000000000000000000000002a"), "{token}");
         assert_eq!(decode("", &filter), Ok(None));
         let other = decode(&token, &DeadLetterFilter::default()).unwrap_err();
         assert!(other.message.contains("another filter"), "{}", other.message);
         let newer = format!("02{}", &token[2..]);
-        let multibyte = "é".repeat(LENGTH);
-        for wrong in
-            ["7", &token[1..], &token[..token.len() - 2], &newer, &multibyte, &"g".repeat(2 * LENGTH)]
-        {
+        let multibyte = "é".repeat(LENGTH / 2);
+        for wrong in ["7", &token[1..], &token[..token.len() - 2], &newer, &multibyte, &"g".repeat(LENGTH)] {
             let refused = decode(wrong, &filter).unwrap_err();
             assert!(refused.message.contains("not one that this server gave"), "{wrong}");
         }

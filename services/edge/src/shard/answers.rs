@@ -73,14 +73,11 @@ impl<T: Transport> Shard<T> {
     /// whose answers lie unread in the socket, has failed at nothing.
     pub(super) fn check_answers(self: &Rc<Self>, conn: &Rc<Connection<T>>) {
         let due = conn.machine.borrow().inbox().and_then(|cursor| cursor.next_due());
-        let Some(due) = due.filter(|due| *due <= self.now()) else { return };
-        if conn.has_backlog() || !self.upstream.acks.has_room() {
-            return;
-        }
+        let Some(due) = due.filter(|due| self.answers_due(conn, *due) <= self.now()) else { return };
         let heard = conn.heard.get();
         if due <= heard {
             Turn::once(self, conn, Input::Alive(heard));
-        } else if conn.pinged.get() == NEVER {
+        } else {
             self.ping(conn);
         }
     }

@@ -133,11 +133,13 @@ fn explain(stale: Stale, seq: u64, delivery: u32) -> String {
                 "seq {seq} was not sent on this connection; give back seq and delivery of a message that was"
             )
         }
-        Stale::Answered => {
-            format!(
-                "seq {seq} is not in flight on this connection: it was acknowledged here, or settled before"
-            )
-        }
+        Stale::NotInFlight => format!(
+            "seq {seq} is not in flight on this connection: it was acknowledged or settled, or failed and was not sent \
+             again here yet"
+        ),
+        Stale::Failed(newest) if delivery > newest => format!(
+            "delivery {delivery} of seq {seq} was not sent on this connection: the newest here, {newest}, failed already"
+        ),
         Stale::Failed(failed) => format!(
             "delivery {delivery} of seq {seq} is over: delivery {failed} failed already, by nak, term or the ack \
              deadline; a later one has a higher number"

@@ -100,20 +100,31 @@ impl InFlight {
 
     /// The `count` deliveries that were made first and not handed to the socket yet have been handed to it.
     pub fn handed(&mut self, mut count: u64, written: Written) {
-        // What waits is at the end: each turn hands over everything that it has pushed.
+        // What waits is at the end: each turn hands over everything that it has pushed. Mostly that is one run.
+        if let [before @ .., last] = &mut self.runs[..]
+            && matches!(last.written, Written::Not)
+            && last.count() == count
+            && before.last().is_none_or(|before| !matches!(before.written, Written::Not))
+        {
+            last.written = written;
+            if let Some(before) = before.last_mut()
+                && last.continues(before)
+            {
+                before.to = last.to;
+                self.runs.pop();
+            }
+            return;
+        }
         let Some(mut at) = self.runs.iter().position(|run| run.written == Written::Not) else { return };
         while count > 0 && at < self.runs.len() {
             if self.runs[at].count() > count {
                 self.split(at, self.runs[at].from + count);
             }
-            self.runs[at].written = written;
-            count -= self.runs[at].count();
-            if at > 0 && self.runs[at].continues(&self.runs[at - 1]) {
-                self.runs[at - 1].to = self.runs[at].to;
-                self.runs.remove(at);
-            } else {
-                at += 1;
-            }
+            let run = &mut self.runs[at];
+            run.written = written;
+            count -= run.count();
+            at += 1;
+            self.join(at - 1, &mut at);
         }
     }
 
@@ -214,6 +225,15 @@ impl InFlight {
         let run = self.runs[at];
         self.runs[at].to = seq - 1;
         self.runs.insert(at + 1, Run { from: seq, ..run });
+    }
+
+    /// Makes a run part of the one before it, when they belong together; `next` moves with what follows.
+    fn join(&mut self, at: usize, next: &mut usize) {
+        if at > 0 && self.runs[at].continues(&self.runs[at - 1]) {
+            self.runs[at - 1].to = self.runs[at].to;
+            self.runs.remove(at);
+            *next -= 1;
+        }
     }
 }
 

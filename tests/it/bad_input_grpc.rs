@@ -39,7 +39,7 @@ fn publish(channel: &str) -> PublishRequest {
 
 fn send<U: Into<String>>(users: impl IntoIterator<Item = U>) -> SendRequest {
     let users = users.into_iter().map(Into::into).collect();
-    SendRequest { users, payload: payload(Kind::Text("t".into())), dedupe_key: String::new() }
+    SendRequest { users, payload: payload(Kind::Text("t".into())), ..SendRequest::default() }
 }
 
 /// Payloads that are refused, for both kinds of call.

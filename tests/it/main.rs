@@ -18,6 +18,7 @@ mod cli;
 mod cut_off;
 mod dead_letters;
 mod demo;
+mod endings;
 mod failover;
 mod graceful;
 mod heartbeat;

@@ -73,7 +73,7 @@ async fn a_callers_trace_reaches_the_client_and_the_logs() {
         )
         .await;
 
-        let send = SendRequest { users: vec!["ann".into()], payload: text(), dedupe_key: String::new() };
+        let send = SendRequest { users: vec!["ann".into()], payload: text(), ..SendRequest::default() };
         let sent = client.send(traced(&server, send)).await.unwrap().into_inner();
         let Some(send_result::Result::Accepted(accepted)) = &sent.results[0].result else {
             panic!("{sent:?}")

@@ -7,8 +7,8 @@ mod jitter;
 mod websocket;
 
 pub use backend::{
-    Accepted, Backend, BackendError, BackendOptions, PendingReply, PublishStream, RedriveStream, SendStream,
-    UserResult,
+    Accepted, Backend, BackendError, BackendOptions, PendingReply, PublishStream, RedriveStream, SendOptions,
+    SendStream, UserResult,
 };
 pub use jitter::Jitter;
 pub use sanjay_proto::delivery::v1::{

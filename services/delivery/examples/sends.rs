@@ -108,6 +108,9 @@ async fn open(location: &str) -> anyhow::Result<Arc<dyn InboxStore>> {
     let options = StoreOptions {
         on_commit: Arc::new(()),
         max_unsettled: 10_000_000,
+        max_unsettled_bytes: u64::MAX,
+        overflow: store::Overflow::Reject,
+        keep_expired: false,
         max_attempts: 8,
         clock: Arc::new(SystemClock),
         random: Arc::new(OsRandom),
@@ -211,6 +214,7 @@ async fn append(store: &dyn InboxStore, n: u64) -> anyhow::Result<()> {
         dedupe_key: String::new(),
         time_us: SystemClock.now_us(),
         trace: String::new(),
+        ..NewMessage::default()
     };
     for result in store.append(vec![message]).await {
         result?;

@@ -25,6 +25,7 @@ use crate::{
     redeliver::Redelivery,
     relay,
     router::Router,
+    schedule::Schedule,
     store::{self, StoreOptions},
     sweep::Sweep,
 };
@@ -58,8 +59,11 @@ pub async fn start(
     let ring = Arc::new(MilestoneRing::new(MILESTONES, SERVICE, context.clock.clone()));
     let (relay_queue, relay) = relay::queue(metrics.clone());
     let options = StoreOptions {
-        on_commit: Arc::new(Committed { relay: relay_queue, ring: ring.clone() }),
+        on_commit: Arc::new(Committed { relay: relay_queue, ring: ring.clone(), metrics: metrics.clone() }),
         max_unsettled: config.max_unsettled,
+        max_unsettled_bytes: config.max_unsettled_bytes,
+        overflow: config.overflow.into(),
+        keep_expired: config.keep_expired,
         max_attempts: config.max_attempts,
         clock: context.clock.clone(),
         random: context.random.clone(),
@@ -90,7 +94,10 @@ pub async fn start(
     };
     spawn(&context, "delivery redelivery", redelivery.run(context.lifecycle.soft()));
     let sweep = Sweep { store: store.clone(), clock: store.clock() };
+    spawn(&context, "delivery expiry", sweep.clone().expire(context.lifecycle.soft()));
     spawn(&context, "delivery sweep", sweep.run(context.lifecycle.soft()));
+    let schedule = Schedule { store: store.clone(), clock: store.clock() };
+    spawn(&context, "delivery schedule", schedule.run(context.lifecycle.soft()));
 
     let audit = Audit::new(store.clone(), metrics.clone());
     spawn(&context, "delivery audit", audit.run(context.lifecycle.soft()));
@@ -102,6 +109,7 @@ pub async fn start(
         clock: context.clock.clone(),
         random: context.random.clone(),
         metrics: metrics.clone(),
+        max_age: config.max_age(),
     };
     let dead_letters = DeadLetters {
         store: store.clone(),

@@ -11,8 +11,30 @@ use serde::Deserialize;
 
 use crate::{
     auth::{ApiKey, parse_hash},
-    store::{Location, LocationError},
+    store::{self, Location, LocationError},
 };
+
+/// Most seconds that `max_age_s` may be.
+const MAX_AGE_S: u64 = 315_360_000;
+
+/// What becomes of a message for a full inbox.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Overflow {
+    /// It is refused.
+    Reject,
+    /// The oldest unsettled messages become dead letters.
+    DeadLetterOldest,
+}
+
+impl From<Overflow> for store::Overflow {
+    fn from(overflow: Overflow) -> Self {
+        match overflow {
+            Overflow::Reject => store::Overflow::Reject,
+            Overflow::DeadLetterOldest => store::Overflow::DeadLetterOldest,
+        }
+    }
+}
 
 /// Settings of a delivery node.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -36,6 +58,15 @@ pub struct Config {
     pub reflection: bool,
     /// Most unsettled messages of one inbox, 1 to 10,000,000.
     pub max_unsettled: u64,
+    /// Most bytes of their encoded payloads, 65,536 to 1,099,511,627,776.
+    pub max_unsettled_bytes: u64,
+    /// What becomes of a message for an inbox at one of these two limits.
+    pub overflow: Overflow,
+    /// Most seconds that a message waits to be acknowledged before it expires, whatever its sender asked for; 0 for no
+    /// limit, at most 315,360,000.
+    pub max_age_s: u64,
+    /// Whether expired messages are kept as dead letters.
+    pub keep_expired: bool,
     /// How many deliveries of a message may fail before it becomes a dead letter, 1 to 100.
     pub max_attempts: u32,
     /// How long a call may take before it is answered with `unavailable`, in milliseconds, 100 to 60,000.
@@ -53,6 +84,10 @@ impl Default for Config {
             api_keys: Vec::new(),
             reflection: true,
             max_unsettled: 100_000,
+            max_unsettled_bytes: 1 << 30,
+            overflow: Overflow::Reject,
+            max_age_s: 0,
+            keep_expired: false,
             max_attempts: 8,
             call_timeout_ms: 5_000,
         }
@@ -64,6 +99,12 @@ impl Config {
     #[must_use]
     pub fn call_timeout(&self) -> Duration {
         Duration::from_millis(self.call_timeout_ms)
+    }
+
+    /// Most time that a message waits to be acknowledged.
+    #[must_use]
+    pub fn max_age(&self) -> Option<Duration> {
+        Some(self.max_age_s).filter(|seconds| *seconds > 0).map(Duration::from_secs)
     }
 
     /// Where inboxes live, with what it takes to log in there.
@@ -114,6 +155,18 @@ impl Validate for Config {
             let problem = format!("is {}, out of bounds", self.max_unsettled);
             return error("max_unsettled", problem, "set it between 1 and 10000000");
         }
+        if !(65_536..=1 << 40).contains(&self.max_unsettled_bytes) {
+            let problem = format!("is {}, out of bounds", self.max_unsettled_bytes);
+            return error("max_unsettled_bytes", problem, "set it between 65536 and 1099511627776");
+        }
+        if self.max_age_s > MAX_AGE_S {
+            let problem = format!("is {}, out of bounds", self.max_age_s);
+            return error(
+                "max_age_s",
+                problem,
+                "set it between 1 and 315360000 (ten years), or to 0 for no limit",
+            );
+        }
         if !(1..=100).contains(&self.max_attempts) {
             let problem = format!("is {}, out of bounds", self.max_attempts);
             return error("max_attempts", problem, "set it between 1 and 100");
@@ -159,7 +212,7 @@ mod tests {
         let key = |name: &str, sha256: &str| ApiKey { name: name.into(), sha256: sha256.into() };
         let good = crate::hash_api_key("k");
         type Change = Box<dyn Fn(&mut Config)>;
-        let cases: [(&str, Change); 14] = [
+        let cases: [(&str, Change); 16] = [
             ("delivery.store", Box::new(|c| c.store = "mongo".into())),
             ("delivery.store", Box::new(|c| c.store = "mongodb://a:1".into())),
             ("delivery.store", Box::new(|c| c.store = "mongodb://bob:hunter2@a:1/db".into())),
@@ -178,6 +231,8 @@ mod tests {
             ),
             ("delivery.router", Box::new(|c| c.router = "localhost:8083".into())),
             ("delivery.max_unsettled", Box::new(|c| c.max_unsettled = 0)),
+            ("delivery.max_unsettled_bytes", Box::new(|c| c.max_unsettled_bytes = 65_535)),
+            ("delivery.max_age_s", Box::new(|c| c.max_age_s = 315_360_001)),
             ("delivery.max_attempts", Box::new(|c| c.max_attempts = 0)),
             ("delivery.max_attempts", Box::new(|c| c.max_attempts = 101)),
             ("delivery.call_timeout_ms", Box::new(|c| c.call_timeout_ms = 1)),

@@ -1,6 +1,6 @@
 //! Inboxes as back ends and edges use them: store first, then relay.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use futures::{FutureExt, StreamExt, future::BoxFuture, stream};
 use sanjay_proto::{client::v1::Payload, edge::v1::Milestone};
@@ -17,13 +17,14 @@ use tracing::{Instrument, Span};
 use uuid::Uuid;
 
 use crate::{
+    message::State,
     metrics::Metrics,
     path::{Recipients, SERVICE, attempt, recipient},
     relay::{Hint, RelayQueue},
     spans::{self, AckTrace},
     store::{
         Acked, AppendError, Appended, CommitSink, DeadFilter, Failure, InboxQuery, InboxStore, NewMessage,
-        Page, Receipt, Settle, StoreError, Verdict,
+        Page, Receipt, Scheduled, ScheduledAt, Settle, SettledMessage, StoreError, Verdict,
     },
 };
 
@@ -40,10 +41,25 @@ pub(crate) struct Send {
     pub(crate) dedupe_key: String,
     /// W3C `traceparent` of the caller, or empty.
     pub(crate) parent: String,
+    /// How long it may wait to be acknowledged, from when it is in the inbox; `None` leaves it to the configuration.
+    pub(crate) ttl: Option<Duration>,
+    /// Empty for none.
+    pub(crate) collapse_key: String,
+    /// When it goes into the inbox, Unix time in microseconds; 0 for now.
+    pub(crate) deliver_us: u64,
 }
 
 /// The result for one user of a send.
-pub(crate) type SendResult = (String, Result<Appended, AppendError>);
+pub(crate) type SendResult = (String, Result<Accepted, AppendError>);
+
+/// What became of a message that was accepted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Accepted {
+    /// It is in the inbox.
+    Appended(Appended),
+    /// It waits for its time.
+    Scheduled(ScheduledAt),
+}
 
 impl AppendError {
     /// The code of the protocol for it.
@@ -70,9 +86,15 @@ impl StoreError {
 pub(crate) struct Committed {
     pub(crate) relay: RelayQueue,
     pub(crate) ring: Arc<MilestoneRing>,
+    pub(crate) metrics: Metrics,
 }
 
 impl CommitSink for Committed {
+    fn ended(&self, user: &str, message: &SettledMessage, state: State) {
+        self.ring.record(message.message_id.as_bytes(), state.as_str(), recipient(user, message.seq));
+        self.metrics.ended(state);
+    }
+
     fn committed(&self, message: &NewMessage, appended: &Appended) {
         failpoint::hit("delivery.before_relay");
         let message_id = appended.message_id.as_bytes();
@@ -105,6 +127,8 @@ pub(crate) struct Inbox {
     pub(crate) clock: SharedClock,
     pub(crate) random: SharedRandom,
     pub(crate) metrics: Metrics,
+    /// Most time that a message waits to be acknowledged.
+    pub(crate) max_age: Option<Duration>,
 }
 
 impl Inbox {
@@ -116,6 +140,10 @@ impl Inbox {
         carry(&span, &mut trace);
         let size = prost::Message::encoded_len(&send.payload);
         let payload = Arc::new(send.payload);
+        // One time for all of it.
+        let now_us = self.clock.now_us();
+        let deliver_us = Some(send.deliver_us).filter(|at| *at > now_us);
+        let expires_us = self.expires_us(deliver_us.unwrap_or(now_us), send.ttl);
         let (messages, processing): (Vec<NewMessage>, Vec<Span>) = send
             .users
             .into_iter()
@@ -129,23 +157,25 @@ impl Inbox {
                     message_id,
                     payload: payload.clone(),
                     dedupe_key: send.dedupe_key.clone(),
-                    time_us: self.clock.now_us(),
+                    time_us: now_us,
                     trace,
+                    expires_us,
+                    collapse_key: send.collapse_key.clone(),
                 };
                 (message, processing)
             })
             .unzip();
         let users: Vec<String> = messages.iter().map(|message| message.user.clone()).collect();
-        let appending = span.in_scope(|| self.store.append(messages));
+        let accepting = span.in_scope(|| self.accept(messages, deliver_us));
         let this = self.clone();
         async move {
-            let results = appending.await;
+            let results = accepting.await;
             let results: Vec<SendResult> = users
                 .into_iter()
                 .zip(results)
                 .zip(processing)
                 .map(|((user, result), processing)| {
-                    this.appended(&user, &result);
+                    this.accepted(&user, &result);
                     if let Err(error) = &result {
                         spans::refused(&processing, error.code().as_str());
                     }
@@ -160,13 +190,43 @@ impl Inbox {
         .boxed()
     }
 
+    /// Appends messages, or keeps them until their time.
+    fn accept(
+        &self,
+        messages: Vec<NewMessage>,
+        deliver_us: Option<u64>,
+    ) -> BoxFuture<'static, Vec<Result<Accepted, AppendError>>> {
+        let Some(deliver_us) = deliver_us else {
+            let appending = self.store.append(messages);
+            let accepted = |result: Result<Appended, AppendError>| result.map(Accepted::Appended);
+            return appending.map(move |results| results.into_iter().map(accepted).collect()).boxed();
+        };
+        let scheduled = messages.into_iter().map(|message| Scheduled { message, deliver_us }).collect();
+        let scheduling = self.store.schedule(scheduled);
+        let accepted = |result: Result<ScheduledAt, AppendError>| result.map(Accepted::Scheduled);
+        scheduling.map(move |results| results.into_iter().map(accepted).collect()).boxed()
+    }
+
+    /// When a message expires that is in its inbox from `from_us` on, Unix time in microseconds; 0 for never.
+    fn expires_us(&self, from_us: u64, ttl: Option<Duration>) -> u64 {
+        let ttl = ttl.into_iter().chain(self.max_age).min();
+        ttl.map_or(0, |ttl| from_us.saturating_add(ttl.as_micros() as u64))
+    }
+
     /// Counts a result, and remembers whose message it is.
-    fn appended(&self, user: &str, result: &Result<Appended, AppendError>) {
+    fn accepted(&self, user: &str, result: &Result<Accepted, AppendError>) {
         match result {
-            Ok(appended) => {
+            Ok(Accepted::Appended(appended)) => {
                 self.metrics.send("ok");
                 self.metrics.appended(appended.duplicate);
                 self.recipients.learn(appended.message_id, &Arc::from(user), appended.seq);
+            }
+            Ok(Accepted::Scheduled(scheduled)) => {
+                self.metrics.send("ok");
+                self.metrics.scheduled(scheduled.duplicate);
+                let detail = format!("user {user}, until {} µs", scheduled.deliver_us);
+                self.ring.record(scheduled.message_id.as_bytes(), State::Scheduled.as_str(), detail);
+                self.recipients.learn(scheduled.message_id, &Arc::from(user), 0);
             }
             Err(error) => self.metrics.send(error.code().as_str()),
         }

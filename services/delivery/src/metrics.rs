@@ -23,6 +23,7 @@ use sanjay_runtime::{
 };
 
 use crate::{
+    message::State,
     relay::Outcome,
     store::{DeadReason, FailureKind},
 };
@@ -112,10 +113,14 @@ pub struct Metrics {
     published: Counter,
     publish_seconds: Histogram,
     appended: Counter,
+    scheduled: Counter,
+    waiting: Gauge,
     duplicates: Counter,
     group_items: Histogram,
     group_seconds: Histogram,
     acked: Counter,
+    expired: Counter,
+    superseded: Counter,
     settle_latency: Histogram,
     reads: Counter,
     relays: Family<OutcomeLabel, Counter>,
@@ -159,10 +164,14 @@ impl Metrics {
             publishes,
             publish_seconds: latency(),
             appended: Counter::default(),
+            scheduled: Counter::default(),
+            waiting: Gauge::default(),
             duplicates: Counter::default(),
             group_items: Histogram::new(exponential_buckets(1.0, 2.0, 13)),
             group_seconds: Histogram::new(exponential_buckets(0.000_1, 2.0, 15)),
             acked: Counter::default(),
+            expired: Counter::default(),
+            superseded: Counter::default(),
             settle_latency: Histogram::new(SETTLE_BUCKETS),
             reads: Counter::default(),
             relays,
@@ -207,6 +216,16 @@ impl Metrics {
         registry.register_with_unit("delivery_publish", help, Unit::Seconds, self.publish_seconds.clone());
         registry.register("delivery_inbox_reads", "Inbox pages read by edges", self.reads.clone());
         registry.register("delivery_acked", "Messages settled by acks", self.acked.clone());
+        registry.register(
+            "delivery_expired",
+            "Messages settled because their time to live had passed",
+            self.expired.clone(),
+        );
+        registry.register(
+            "delivery_superseded",
+            "Messages settled because a newer one with the same collapse key came",
+            self.superseded.clone(),
+        );
         let help = "Time from a message's acceptance to the ack that settled it; with users who were away it is long";
         registry.register_with_unit(
             "delivery_settle_latency",
@@ -223,6 +242,16 @@ impl Metrics {
 
     fn register_inboxes(&self, registry: &mut Registry) {
         registry.register("delivery_appended", "Messages stored in inboxes", self.appended.clone());
+        registry.register(
+            "delivery_scheduled",
+            "Messages stored until their time, outside the inboxes",
+            self.scheduled.clone(),
+        );
+        registry.register(
+            "delivery_waiting_scheduled",
+            "Messages that wait for their time; where nodes share a store, each of them says how many all of it holds",
+            self.waiting.clone(),
+        );
         let help = "Sends recognised by their dedupe key";
         registry.register("delivery_dedupe_hits", help, self.duplicates.clone());
         let help = "Inboxes that wait for redelivery";
@@ -328,11 +357,29 @@ impl Metrics {
         };
     }
 
+    /// A message was scheduled, or found to be a duplicate.
+    pub(crate) fn scheduled(&self, duplicate: bool) {
+        if duplicate {
+            self.duplicates.inc()
+        } else {
+            self.scheduled.inc()
+        };
+    }
+
     /// A transaction was committed; `items` is 0 when it held hints alone.
     pub(crate) fn group_commit(&self, items: usize, took: Duration) {
         if items > 0 {
             self.group_items.observe(items as f64);
             self.group_seconds.observe(took.as_secs_f64());
+        }
+    }
+
+    /// A message was settled as expired or superseded.
+    pub(crate) fn ended(&self, state: State) {
+        match state {
+            State::Expired => drop(self.expired.inc()),
+            State::Superseded => drop(self.superseded.inc()),
+            State::Scheduled | State::Accepted | State::Acked | State::Dead => {}
         }
     }
 
@@ -386,6 +433,7 @@ impl Metrics {
         self.armed.set(i64::try_from(stats.armed).unwrap_or(i64::MAX));
         self.unsettled.set(i64::try_from(stats.unsettled).unwrap_or(i64::MAX));
         self.dead_letters.set(i64::try_from(stats.dead_letters).unwrap_or(i64::MAX));
+        self.waiting.set(i64::try_from(stats.scheduled).unwrap_or(i64::MAX));
     }
 
     /// When the oldest undelivered message was accepted, if there is one; both Unix time in microseconds.

@@ -173,11 +173,12 @@ fn add_receipt(milestones: &mut Vec<Milestone>, message_id: Uuid, user: &str, re
             });
         }
     };
+    if receipt.state == State::Scheduled {
+        return add(receipt.state.as_str(), receipt.accepted_us, format!("user {user}"));
+    }
     add("accepted", receipt.accepted_us, recipient(user, receipt.seq));
-    match receipt.state {
-        State::Acked => add("acked", receipt.settled_us, recipient(user, receipt.seq)),
-        State::Dead => add("dead", receipt.settled_us, recipient(user, receipt.seq)),
-        State::Accepted | State::Expired | State::Superseded => {}
+    if receipt.state.is_terminal() {
+        add(receipt.state.as_str(), receipt.settled_us, recipient(user, receipt.seq));
     }
 }
 

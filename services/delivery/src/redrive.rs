@@ -298,6 +298,7 @@ impl Run<'_> {
             dedupe_key: format!("{KEY_PREFIX}{}", letter.message_id),
             time_us: self.letters.clock.now_us(),
             trace,
+            ..NewMessage::default()
         };
         Some((message, span))
     }

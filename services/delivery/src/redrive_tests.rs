@@ -87,6 +87,8 @@ struct Watched {
 }
 
 impl InboxStore for Watched {
+    crate::store::schedules_nothing!();
+
     fn oldest_undelivered(&self, limit: usize) -> BoxFuture<'static, Result<Option<u64>, StoreError>> {
         self.store.oldest_undelivered(limit)
     }
@@ -174,6 +176,8 @@ impl Planted {
 }
 
 impl InboxStore for Planted {
+    crate::store::schedules_nothing!();
+
     fn oldest_undelivered(&self, _: usize) -> BoxFuture<'static, Result<Option<u64>, StoreError>> {
         unreachable!("a redrive does not ask for it")
     }
@@ -240,6 +244,9 @@ impl World {
         let options = StoreOptions {
             on_commit: Arc::new(()),
             max_unsettled: 1_000_000,
+            max_unsettled_bytes: u64::MAX,
+            overflow: crate::store::Overflow::Reject,
+            keep_expired: false,
             max_attempts: 8,
             clock: clock.clone(),
             random: random.clone(),
@@ -289,6 +296,7 @@ impl World {
                 dedupe_key: String::new(),
                 time_us: self.clock.now_us(),
                 trace: String::new(),
+                ..NewMessage::default()
             });
             let appended = store.append(messages.collect()).await;
             let settles = names.iter().zip(appended).map(|(user, appended)| {

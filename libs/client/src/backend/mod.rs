@@ -76,10 +76,34 @@ impl fmt::Debug for BackendOptions {
 pub struct Accepted {
     /// UUID.
     pub message_id: String,
-    /// Position in the user's inbox.
+    /// Position in the user's inbox; 0 for a message that was scheduled.
     pub seq: u64,
     /// An earlier send with the same dedupe key was the one that was accepted.
     pub duplicate: bool,
+    /// When it goes into the inbox, Unix time in microseconds; `None` when that is done.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub deliver_at_us: Option<u64>,
+}
+
+/// What a send may ask for, beside its users and its payload.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct SendOptions {
+    /// At most 200 bytes; with one, the send may be repeated and is accepted once. Empty for none.
+    pub dedupe_key: String,
+    /// How long the message may wait to be acknowledged, in whole milliseconds from when it is in the inbox.
+    pub ttl: Option<Duration>,
+    /// At most 200 bytes; the message replaces an unsettled one with the same key. Empty for none.
+    pub collapse_key: String,
+    /// When it goes into the inbox, Unix time in microseconds; at most 366 days ahead.
+    pub deliver_at_us: Option<u64>,
+}
+
+impl SendOptions {
+    /// With a dedupe key alone; empty for none.
+    #[must_use]
+    pub fn dedupe(key: impl Into<String>) -> Self {
+        Self { dedupe_key: key.into(), ..Self::default() }
+    }
 }
 
 /// What became of a send to one user.
@@ -167,13 +191,26 @@ impl Backend {
         payload: Payload,
         dedupe_key: &str,
     ) -> Result<Vec<UserResult>, BackendError> {
-        let idempotent = !dedupe_key.is_empty();
+        self.send_with(users, payload, &SendOptions::dedupe(dedupe_key)).await
+    }
+
+    /// Like [`Backend::send`], with everything that a send may ask for.
+    ///
+    /// # Errors
+    /// When nothing is known about any user.
+    pub async fn send_with(
+        &self,
+        users: &[&str],
+        payload: Payload,
+        options: &SendOptions,
+    ) -> Result<Vec<UserResult>, BackendError> {
+        let idempotent = !options.dedupe_key.is_empty();
         let until = Instant::now() + self.options.patience;
         let mut results: Vec<Option<UserResult>> = vec![None; users.len()];
         let mut left: Vec<usize> = (0..users.len()).collect();
         for attempt in 0_u32.. {
             let asked: Vec<&str> = left.iter().map(|&index| users[index]).collect();
-            match self.send_once(&asked, &payload, dedupe_key, until).await {
+            match self.send_once(&asked, &payload, options, until).await {
                 Ok(answers) => {
                     left.iter().zip(answers).for_each(|(&index, answer)| results[index] = Some(answer))
                 }
@@ -203,12 +240,12 @@ impl Backend {
         &self,
         users: &[&str],
         payload: &Payload,
-        dedupe_key: &str,
+        options: &SendOptions,
         until: Instant,
     ) -> Result<Vec<UserResult>, BackendError> {
-        let message = send_request(users, payload.clone(), dedupe_key);
+        let message = send_request(users, payload.clone(), options);
         let send = async |mut client: Client, request| client.send(request).await;
-        let sent = self.call_until(until, !dedupe_key.is_empty(), message, send);
+        let sent = self.call_until(until, !options.dedupe_key.is_empty(), message, send);
         let results = user_results(sent.await?);
         if results.len() == users.len() {
             Ok(results)
@@ -332,11 +369,16 @@ fn publish_request(channel: &str, payload: Payload, dedupe_key: &str) -> v1::Pub
     }
 }
 
-fn send_request(users: &[&str], payload: Payload, dedupe_key: &str) -> v1::SendRequest {
+fn send_request(users: &[&str], payload: Payload, options: &SendOptions) -> v1::SendRequest {
+    // Less than a millisecond is not for ever.
+    let ttl_ms = options.ttl.map_or(0, |ttl| u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX).max(1));
     v1::SendRequest {
         users: users.iter().map(|&user| user.to_owned()).collect(),
         payload: Some(payload.into()),
-        dedupe_key: dedupe_key.to_owned(),
+        dedupe_key: options.dedupe_key.clone(),
+        ttl_ms,
+        collapse_key: options.collapse_key.clone(),
+        deliver_at_us: options.deliver_at_us.unwrap_or(0),
     }
 }
 
@@ -348,8 +390,9 @@ fn user_results(response: v1::SendResponse) -> Vec<UserResult> {
     let user_result = |result: v1::SendResult| {
         let outcome = match result.result {
             Some(v1::send_result::Result::Accepted(accepted)) => {
-                let v1::Accepted { message_id, seq, duplicate } = accepted;
-                Ok(Accepted { message_id, seq, duplicate })
+                let v1::Accepted { message_id, seq, duplicate, deliver_at_us } = accepted;
+                let deliver_at_us = Some(deliver_at_us).filter(|at| *at > 0);
+                Ok(Accepted { message_id, seq, duplicate, deliver_at_us })
             }
             Some(v1::send_result::Result::Error(error)) => Err(body(error)),
             None => Err(ErrorBody::new(ErrorCode::Internal, "the server gave no result for this user")),

@@ -17,8 +17,8 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Response, Status, Streaming};
 
 use super::{
-    Backend, BackendError, Client, UserResult, error::Failure, publish_request, published, send_request,
-    user_results,
+    Backend, BackendError, Client, SendOptions, UserResult, error::Failure, publish_request, published,
+    send_request, user_results,
 };
 
 /// Most requests of a stream without an answer; beyond it the caller waits.
@@ -84,7 +84,20 @@ impl SendStream {
         payload: Payload,
         dedupe_key: &str,
     ) -> Result<PendingReply<Vec<UserResult>>, BackendError> {
-        self.0.ask(send_request(users, payload, dedupe_key)).await
+        self.send_with(users, payload, &SendOptions::dedupe(dedupe_key)).await
+    }
+
+    /// Like [`SendStream::send`], with everything that a send may ask for.
+    ///
+    /// # Errors
+    /// When the stream has ended.
+    pub async fn send_with(
+        &mut self,
+        users: &[&str],
+        payload: Payload,
+        options: &SendOptions,
+    ) -> Result<PendingReply<Vec<UserResult>>, BackendError> {
+        self.0.ask(send_request(users, payload, options)).await
     }
 }
 

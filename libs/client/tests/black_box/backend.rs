@@ -63,6 +63,7 @@ impl Fake {
                     message_id: format!("id of {user}"),
                     seq: 1,
                     duplicate: false,
+                    deliver_at_us: 0,
                 })
             };
             SendResult { user, result: Some(result) }

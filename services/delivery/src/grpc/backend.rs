@@ -24,11 +24,17 @@ use super::{
 use crate::{
     auth::Caller,
     dead::DeadLetters,
-    inbox::{Inbox, Send},
+    inbox::{self, Inbox, Send},
     metrics::Metrics,
     path::Paths,
     publish::{Publish, Publisher},
 };
+
+/// Most that a send may ask for as time to live: ten years, so that every sum stays within bounds.
+const MAX_TTL: Duration = Duration::from_secs(3_650 * 24 * 60 * 60);
+
+/// How far ahead a message may be scheduled.
+const MAX_AHEAD: Duration = Duration::from_secs(366 * 24 * 60 * 60);
 
 /// The back ends' API.
 #[derive(Clone)]
@@ -79,7 +85,7 @@ impl BackendApi {
         parent: String,
     ) -> BoxFuture<'static, Result<SendResponse, Refusal>> {
         let timer = self.metrics.send_timer();
-        let answer = match checked_send(request, caller, parent) {
+        let answer = match checked_send(request, caller, parent, self.inbox.clock.now_us()) {
             Ok(send) => self.inbox.send(send),
             Err(refusal) => {
                 self.metrics.send(refusal.code.as_str());
@@ -229,8 +235,13 @@ fn checked_publish(request: PublishRequest, parent: String) -> Result<Publish, R
     Ok(Publish { channel: request.channel, payload, dedupe_key: request.dedupe_key, parent })
 }
 
-fn checked_send(request: SendRequest, caller: Arc<str>, parent: String) -> Result<Send, Refusal> {
-    let SendRequest { users, payload, dedupe_key } = request;
+fn checked_send(
+    request: SendRequest,
+    caller: Arc<str>,
+    parent: String,
+    now_us: u64,
+) -> Result<Send, Refusal> {
+    let SendRequest { users, payload, dedupe_key, ttl_ms, collapse_key, deliver_at_us } = request;
     if users.is_empty() || users.len() > MAX_SEND_USERS {
         return Err(Refusal::bad(format!(
             "users has {} entries; it needs 1 to {MAX_SEND_USERS}",
@@ -247,8 +258,19 @@ fn checked_send(request: SendRequest, caller: Arc<str>, parent: String) -> Resul
         }
     }
     names::check_optional("dedupe_key", &dedupe_key)?;
+    names::check_optional("collapse_key", &collapse_key)?;
+    let ttl = Duration::from_millis(ttl_ms);
+    if ttl > MAX_TTL {
+        return Err(Refusal::bad(format!("ttl_ms is {ttl_ms}; at most {} is allowed", MAX_TTL.as_millis())));
+    }
+    if deliver_at_us > now_us.saturating_add(MAX_AHEAD.as_micros() as u64) {
+        return Err(Refusal::bad(format!(
+            "deliver_at_us is {deliver_at_us}; give Unix time in microseconds, at most 366 days from now"
+        )));
+    }
     let payload = Payload::from_backend(payload)?.into();
-    Ok(Send { caller, users, payload, dedupe_key, parent })
+    let ttl = Some(ttl).filter(|ttl| !ttl.is_zero());
+    Ok(Send { caller, users, payload, dedupe_key, parent, ttl, collapse_key, deliver_us: deliver_at_us })
 }
 
 pub(super) fn checked_message_id(text: &str) -> Result<Uuid, Refusal> {
@@ -258,12 +280,19 @@ pub(super) fn checked_message_id(text: &str) -> Result<Uuid, Refusal> {
     })
 }
 
-fn send_result((user, result): crate::inbox::SendResult) -> SendResult {
+fn send_result((user, result): inbox::SendResult) -> SendResult {
     let result = match result {
-        Ok(appended) => send_result::Result::Accepted(Accepted {
+        Ok(inbox::Accepted::Appended(appended)) => send_result::Result::Accepted(Accepted {
             message_id: appended.message_id.to_string(),
             seq: appended.seq,
             duplicate: appended.duplicate,
+            deliver_at_us: 0,
+        }),
+        Ok(inbox::Accepted::Scheduled(scheduled)) => send_result::Result::Accepted(Accepted {
+            message_id: scheduled.message_id.to_string(),
+            seq: 0,
+            duplicate: scheduled.duplicate,
+            deliver_at_us: scheduled.deliver_us,
         }),
         Err(error) => send_result::Result::Error(Refusal::from(error).into()),
     };

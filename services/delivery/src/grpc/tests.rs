@@ -232,7 +232,7 @@ fn text(text: impl Into<String>) -> Option<Payload> {
 
 fn send(users: &[&str], body: &str, key: &str) -> SendRequest {
     let users = users.iter().map(|user| (*user).to_owned()).collect();
-    SendRequest { users, payload: text(body), dedupe_key: key.into() }
+    SendRequest { users, payload: text(body), dedupe_key: key.into(), ..SendRequest::default() }
 }
 
 fn publish(channel: &str, body: &str) -> PublishRequest {
@@ -463,7 +463,7 @@ async fn each_bad_field_is_named() {
     let payload = |kind| SendRequest {
         users: vec!["bob".into()],
         payload: Some(Payload { kind }),
-        dedupe_key: String::new(),
+        ..SendRequest::default()
     };
     let cases = [
         (send(&[], "x", ""), "users has 0 entries; it needs 1 to 1000"),

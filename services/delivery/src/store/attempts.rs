@@ -93,12 +93,14 @@ struct Entry {
     claimed: bool,
     /// It failed for good and is about to be settled as dead: nobody gets it any more, and no ack counts.
     dying: Option<DeadReason>,
+    /// Since when, Unix time in microseconds.
+    dying_us: u64,
     failures: Vec<Failure>,
 }
 
 impl Entry {
     fn new(seq: u64) -> Self {
-        Self { seq, delivery: 1, due_us: 0, claimed: false, dying: None, failures: Vec::new() }
+        Self { seq, delivery: 1, due_us: 0, claimed: false, dying: None, dying_us: 0, failures: Vec::new() }
     }
 
     /// Whether it waits for its next attempt.
@@ -121,12 +123,17 @@ impl Entry {
             FailureKind::Deadline => (Duration::ZERO, None),
         };
         if let Some(reason) = reason {
-            (self.dying, self.due_us) = (Some(reason), now_us.saturating_add(DYING_US));
+            self.die(reason, now_us);
             return Verdict::Dead(reason);
         }
         let delay = retry::attempt_delay(delivery.saturating_sub(1), fraction).max(asked);
         self.due_us = now_us.saturating_add(delay.as_micros() as u64).max(1);
         Verdict::Again(self.due_us)
+    }
+
+    fn die(&mut self, reason: DeadReason, now_us: u64) {
+        (self.dying, self.dying_us, self.claimed) = (Some(reason), now_us, false);
+        self.due_us = now_us.saturating_add(DYING_US);
     }
 }
 
@@ -177,6 +184,22 @@ impl Attempts {
             return None;
         }
         Some(entry.fail(failure, max_attempts, fraction))
+    }
+
+    /// Lets an unsettled message die that nothing failed of. `false` when it is dying already, or when too many messages
+    /// are known of: at [`MAX_FAILED`] it stays as it is.
+    pub fn kill(&mut self, seq: u64, reason: DeadReason, now_us: u64) -> bool {
+        let index = match self.0.binary_search_by_key(&seq, |entry| entry.seq) {
+            Ok(index) if self.0[index].dying.is_some() => return false,
+            Ok(index) => index,
+            Err(_) if self.0.len() >= MAX_FAILED => return false,
+            Err(index) => {
+                self.0.insert(index, Entry::new(seq));
+                index
+            }
+        };
+        self.0[index].die(reason, now_us);
+        true
     }
 
     /// An edge wrote a redelivery to a socket. Whether that changed anything.
@@ -259,7 +282,7 @@ impl Attempts {
     #[must_use]
     pub fn death(&self, seq: u64) -> Option<(DeadReason, u64)> {
         let entry = self.entry(seq)?;
-        Some((entry.dying?, entry.failures.last().map_or(0, |failure| failure.time_us)))
+        Some((entry.dying?, entry.dying_us))
     }
 
     /// What failed of a message, in ascending time; the newest [`MAX_FAILURES`] of it.
@@ -340,6 +363,8 @@ struct EntryRecord {
     /// [`DeadReason::number`]; 0 while it is not dying.
     #[prost(int32, tag = "6")]
     dying: i32,
+    #[prost(uint64, tag = "7")]
+    dying_us: u64,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -366,16 +391,17 @@ struct FailureRecord {
 impl From<&Entry> for EntryRecord {
     fn from(entry: &Entry) -> Self {
         let failures = entry.failures.iter().map(FailureRecord::from).collect();
-        let Entry { seq, delivery, due_us, claimed, dying, .. } = *entry;
-        Self { seq, delivery, due_us, claimed, failures, dying: dying.map_or(0, DeadReason::number) }
+        let Entry { seq, delivery, due_us, claimed, dying, dying_us, .. } = *entry;
+        let dying = dying.map_or(0, DeadReason::number);
+        Self { seq, delivery, due_us, claimed, failures, dying, dying_us }
     }
 }
 
 impl From<EntryRecord> for Entry {
     fn from(record: EntryRecord) -> Self {
-        let EntryRecord { seq, delivery, due_us, claimed, failures, dying } = record;
+        let EntryRecord { seq, delivery, due_us, claimed, failures, dying, dying_us } = record;
         let failures = failures.into_iter().map(|failure| failure.failure(seq)).collect();
-        Self { seq, delivery, due_us, claimed, dying: DeadReason::from_number(dying), failures }
+        Self { seq, delivery, due_us, claimed, dying: DeadReason::from_number(dying), dying_us, failures }
     }
 }
 

@@ -15,11 +15,16 @@ pub enum DeadReason {
     MaxAttempts = 1,
     /// A client said that no delivery will help.
     Terminated = 2,
+    /// Newer messages needed its place in a full inbox.
+    QueueFull = 3,
+    /// Its time to live passed.
+    Expired = 4,
 }
 
 impl DeadReason {
     /// Every reason.
-    pub const ALL: [DeadReason; 2] = [DeadReason::MaxAttempts, DeadReason::Terminated];
+    pub const ALL: [DeadReason; 4] =
+        [DeadReason::MaxAttempts, DeadReason::Terminated, DeadReason::QueueFull, DeadReason::Expired];
 
     /// The number that stands for it.
     #[must_use]
@@ -39,6 +44,8 @@ impl DeadReason {
         match self {
             DeadReason::MaxAttempts => "max_attempts",
             DeadReason::Terminated => "terminated",
+            DeadReason::QueueFull => "queue_full",
+            DeadReason::Expired => "expired",
         }
     }
 }

@@ -5,7 +5,7 @@
 //!   message that exists. A message is settled, its receipt written and its inbox's counters raised in one step.
 //! - **Ordered.** The methods submit when they are called, not when the returned future is polled. Messages of
 //!   one `append`, and of appends that one task calls one after the other, get ascending numbers per user.
-//! - **Dead letters.** From when the failure is noted that ends a message, nothing but a dead letter becomes of it: no
+//! - **Dead letters.** From when it is noted what ends a message (a failure, a full inbox, its time), nothing but a dead letter becomes of it: no
 //!   reader gets it, and no ack counts. Its letter is there before it is settled as dead; what a crash leaves between the
 //!   two is finished by the next claim, or by the next ack in its inbox.
 //! - **Idempotent.** Settling what is settled changes nothing. Appending again with a dedupe key gives the first
@@ -59,11 +59,17 @@ pub const DEDUPE_WINDOW: Duration = Duration::from_secs(24 * 60 * 60);
 /// How long the receipt of a settled message is kept.
 pub const RECEIPT_RETENTION: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 
+/// Most unsettled messages of one inbox that have a collapse key.
+pub const MAX_COLLAPSE_KEYS: usize = 256;
+
+/// Most messages of one user that wait for their time.
+pub const MAX_SCHEDULED: usize = 1_000;
+
 /// How long after its commit a message waits for an edge to report it written before it is relayed again.
 pub const FIRST_DUE: Duration = Duration::from_secs(2);
 
 /// A message to put into one user's inbox.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct NewMessage {
     /// Whose inbox.
     pub user: String,
@@ -79,6 +85,33 @@ pub struct NewMessage {
     pub time_us: u64,
     /// W3C `traceparent`, or empty.
     pub trace: String,
+    /// From when on no reader gets it any more, Unix time in microseconds; 0 for never.
+    pub expires_us: u64,
+    /// It takes the place of the caller's unsettled message with the same key in this inbox. Empty for none.
+    pub collapse_key: String,
+}
+
+/// A message that waits outside the inbox for its time.
+#[derive(Debug, Clone)]
+pub struct Scheduled {
+    /// Its message; `expires_us` counts as everywhere.
+    pub message: NewMessage,
+    /// When it is to be appended, Unix time in microseconds.
+    pub deliver_us: u64,
+}
+
+/// The answer to one scheduled message.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ScheduledAt {
+    /// Id under which the message is stored: of the first one when this is a duplicate.
+    pub message_id: Uuid,
+    /// When it is to be appended, Unix time in microseconds. Of a duplicate whose first message was appended, or that
+    /// was never scheduled: 0.
+    pub deliver_us: u64,
+    /// Whether an earlier message with the same dedupe key was the one that was accepted.
+    pub duplicate: bool,
+    /// When the stored message was accepted, Unix time in microseconds.
+    pub time_us: u64,
 }
 
 /// The answer to one appended message.
@@ -107,17 +140,55 @@ pub enum AppendError {
         /// The key.
         key: String,
     },
-    /// The inbox holds as many unsettled messages as it may.
-    #[error(
-        "the user's inbox holds {unsettled} unsettled messages, which is its limit; send again when some are acked"
-    )]
+    /// The inbox holds as much as it may.
+    #[error("the user's inbox holds {held} {quota}, which is its limit; send again when some are acked")]
     QueueFull {
-        /// How many.
-        unsettled: u64,
+        /// Which limit.
+        quota: Quota,
+        /// How much it holds.
+        held: u64,
     },
     /// The store could not do it.
     #[error(transparent)]
     Store(#[from] StoreError),
+}
+
+/// What an inbox may hold a limited number of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Quota {
+    /// Unsettled messages: [`StoreOptions::max_unsettled`].
+    Messages,
+    /// Bytes of their encoded payloads: [`StoreOptions::max_unsettled_bytes`].
+    Bytes,
+    /// Unsettled messages with a collapse key: [`MAX_COLLAPSE_KEYS`].
+    CollapseKeys,
+    /// Settled ranges above the mark, of which a superseded message may need one: [`MAX_SETTLED_RANGES`].
+    SettledRanges,
+    /// Messages that wait for their time: [`MAX_SCHEDULED`].
+    Scheduled,
+}
+
+impl std::fmt::Display for Quota {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Quota::Messages => "unsettled messages",
+            Quota::Bytes => "bytes of unsettled messages",
+            Quota::CollapseKeys => "unsettled messages with a collapse key",
+            Quota::SettledRanges => "gaps between unsettled messages",
+            Quota::Scheduled => "scheduled messages",
+        })
+    }
+}
+
+/// What becomes of a message that finds its inbox at [`Quota::Messages`] or [`Quota::Bytes`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Overflow {
+    /// It is refused.
+    #[default]
+    Reject,
+    /// The oldest unsettled messages become dead letters, as many as it takes; a message that is larger than the whole
+    /// quota is refused.
+    DeadLetterOldest,
 }
 
 /// Why the store did not do something. Both are worth trying again.
@@ -188,6 +259,15 @@ pub struct Settle {
     pub rewritten: Vec<(u64, u32)>,
     /// Deliveries that failed. Applied after `ranges`.
     pub failed: Vec<Failure>,
+}
+
+/// What [`InboxStore::expire`] did.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Expired {
+    /// Messages that it settled as expired, or as dead where those are kept.
+    pub settled: usize,
+    /// Whether more may be due already.
+    pub more: bool,
 }
 
 /// The answer to one [`Settle`].
@@ -290,12 +370,15 @@ pub struct Stats {
     pub armed: u64,
     /// Dead letters, those that were sent again included.
     pub dead_letters: u64,
+    /// Messages that wait for their time.
+    pub scheduled: u64,
 }
 
 /// Where inboxes live. See the module's documentation for what holds for every method.
 pub trait InboxStore: Send + Sync + 'static {
     /// Puts messages into inboxes, in order; the answers are in the same order. `Ok` means durable. A new
-    /// message arms its inbox [`FIRST_DUE`] after the commit.
+    /// message arms its inbox [`FIRST_DUE`] after the commit. What its collapse key replaces is settled as superseded in
+    /// the same step, unless that is dying; the newest message of a key is the one that the next replaces.
     fn append(&self, messages: Vec<NewMessage>) -> BoxFuture<'static, Vec<Result<Appended, AppendError>>>;
 
     /// Reads parts of inboxes; the answers are in the order of the queries. Sees everything that `append` and
@@ -306,7 +389,7 @@ pub trait InboxStore: Send + Sync + 'static {
     /// that what was settled is durable.
     fn ack(&self, settles: Vec<Settle>) -> BoxFuture<'static, Vec<Result<Acked, StoreError>>>;
 
-    /// The record of a message. `None` means that the user never had such a message, or that it was settled
+    /// The record of a message, also of one that waits for its time. `None` means that the user never had such a message, or that it was settled
     /// more than [`RECEIPT_RETENTION`] ago.
     fn lookup(
         &self,
@@ -357,6 +440,29 @@ pub trait InboxStore: Send + Sync + 'static {
     /// Removes dead letters, (user, message id) each; those that are not there count as not removed.
     fn purge(&self, letters: Vec<(String, Uuid)>) -> BoxFuture<'static, Result<u64, StoreError>>;
 
+    /// Settles messages as expired whose time has passed at `now_us`: about `limit`, those first whose time passed first.
+    /// With [`StoreOptions::keep_expired`] they become dead letters instead. From when its time has passed no reader
+    /// gets a message, be it settled or not; an ack that comes before it is settled settles it as acked.
+    fn expire(&self, now_us: u64, limit: usize) -> BoxFuture<'static, Result<Expired, StoreError>>;
+
+    /// Keeps messages until their time; the answers are in the same order. `Ok` means durable. A dedupe key is looked
+    /// for, and kept, as by `append`: the two share the keys of a caller.
+    fn schedule(&self, messages: Vec<Scheduled>)
+    -> BoxFuture<'static, Vec<Result<ScheduledAt, AppendError>>>;
+
+    /// Hands out up to `limit` scheduled messages whose time has come at `now_us`, the earliest first and without their
+    /// dedupe keys; they come again at `until_us` unless they are unscheduled. No two claims return one message within
+    /// that time.
+    fn claim_scheduled(
+        &self,
+        now_us: u64,
+        until_us: u64,
+        limit: usize,
+    ) -> BoxFuture<'static, Result<Vec<Scheduled>, StoreError>>;
+
+    /// Forgets scheduled messages, (user, message id) each; returns how many there were.
+    fn unschedule(&self, messages: Vec<(String, Uuid)>) -> BoxFuture<'static, Result<u64, StoreError>>;
+
     /// Removes up to `limit` receipts and dedupe keys that are past their time at `now_us`; returns how many
     /// were removed. An adapter whose database does this by itself returns 0, and until then hides them.
     fn sweep(&self, now_us: u64, limit: usize) -> BoxFuture<'static, Result<usize, StoreError>>;
@@ -377,16 +483,68 @@ pub trait InboxStore: Send + Sync + 'static {
     fn clock(&self) -> SharedClock;
 }
 
+/// The part of the port that a test's store has no business with.
+#[cfg(test)]
+macro_rules! schedules_nothing {
+    () => {
+        fn expire(
+            &self,
+            _: u64,
+            _: usize,
+        ) -> ::futures::future::BoxFuture<'static, Result<$crate::store::Expired, $crate::store::StoreError>>
+        {
+            unreachable!("nothing expires here")
+        }
+
+        fn schedule(
+            &self,
+            _: Vec<$crate::store::Scheduled>,
+        ) -> ::futures::future::BoxFuture<
+            'static,
+            Vec<Result<$crate::store::ScheduledAt, $crate::store::AppendError>>,
+        > {
+            unreachable!("nothing is scheduled here")
+        }
+
+        fn claim_scheduled(
+            &self,
+            _: u64,
+            _: u64,
+            _: usize,
+        ) -> ::futures::future::BoxFuture<
+            'static,
+            Result<Vec<$crate::store::Scheduled>, $crate::store::StoreError>,
+        > {
+            unreachable!("nothing is scheduled here")
+        }
+
+        fn unschedule(
+            &self,
+            _: Vec<(String, ::uuid::Uuid)>,
+        ) -> ::futures::future::BoxFuture<'static, Result<u64, $crate::store::StoreError>> {
+            unreachable!("nothing is scheduled here")
+        }
+    };
+}
+#[cfg(test)]
+pub(crate) use schedules_nothing;
+
 /// Hears of each new message once it is durable, before its sender does.
 pub trait CommitSink: Send + Sync + 'static {
     /// A message was committed. Called in ascending seq per user, for duplicates not at all, on a thread that
     /// the next commit waits for: it must neither block nor take long.
     fn committed(&self, message: &NewMessage, appended: &Appended);
+
+    /// A message was settled as expired or superseded, durably. A hint: a crash may keep it from being called. It must
+    /// neither block nor take long.
+    fn ended(&self, user: &str, message: &SettledMessage, state: State);
 }
 
 /// Ignores commits.
 impl CommitSink for () {
     fn committed(&self, _: &NewMessage, _: &Appended) {}
+
+    fn ended(&self, _: &str, _: &SettledMessage, _: State) {}
 }
 
 /// What an adapter is opened with.
@@ -396,6 +554,12 @@ pub struct StoreOptions {
     pub on_commit: Arc<dyn CommitSink>,
     /// Most unsettled messages of one inbox.
     pub max_unsettled: u64,
+    /// Most bytes of their encoded payloads.
+    pub max_unsettled_bytes: u64,
+    /// What becomes of a message beyond those two.
+    pub overflow: Overflow,
+    /// Whether expired messages become dead letters.
+    pub keep_expired: bool,
     /// How many attempts of a message may fail before it becomes a dead letter; at least 1.
     pub max_attempts: u32,
     /// Wall clock, for due and settled times.

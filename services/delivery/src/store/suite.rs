@@ -4,6 +4,7 @@ pub(crate) mod audit;
 
 use std::{sync::Arc, time::Duration};
 
+use parking_lot::Mutex;
 use sanjay_proto::client::v1::{Payload, SeqRange, payload::Kind};
 use sanjay_runtime::{
     clock::{Clock, ManualClock},
@@ -13,8 +14,10 @@ use uuid::Uuid;
 
 use super::*;
 
+pub(crate) mod ending;
 pub(crate) mod failing;
 mod model;
+mod scheduled;
 
 pub(crate) use model::{agrees_with_the_model, operations};
 
@@ -27,6 +30,8 @@ pub(crate) trait Harness {
     const SWEPT_BY_DATABASE: bool = false;
 
     fn clock(&self) -> &Arc<ManualClock>;
+    /// Sets what the store is opened with from now on.
+    fn set(&mut self, limits: Limits);
     /// Closes the store, when it is open, and opens it.
     fn reopen(&mut self) -> impl Future<Output = Arc<dyn InboxStore>>;
     /// Removes a body behind the store's back.
@@ -36,6 +41,60 @@ pub(crate) trait Harness {
         user: &str,
         seq: u64,
     ) -> impl Future<Output = Arc<dyn InboxStore>>;
+}
+
+/// What a case asks of its store.
+#[derive(Clone)]
+pub(crate) struct Limits {
+    pub(crate) max_unsettled: u64,
+    pub(crate) max_unsettled_bytes: u64,
+    pub(crate) overflow: Overflow,
+    pub(crate) keep_expired: bool,
+    pub(crate) on_commit: Arc<dyn CommitSink>,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            max_unsettled: MAX_UNSETTLED,
+            max_unsettled_bytes: u64::MAX,
+            overflow: Overflow::Reject,
+            keep_expired: false,
+            on_commit: Arc::new(()),
+        }
+    }
+}
+
+impl std::fmt::Debug for Limits {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { max_unsettled, max_unsettled_bytes, overflow, keep_expired, .. } = self;
+        write!(
+            f,
+            "{max_unsettled} messages, {max_unsettled_bytes} bytes, {overflow:?}, keep expired: {keep_expired}"
+        )
+    }
+}
+
+/// A message that the sink was told of: whose, which, and what it ended as.
+pub(crate) type EndedMessage = (String, SettledMessage, State);
+
+/// A sink that remembers what ended.
+#[derive(Default)]
+pub(crate) struct Heard(Mutex<Vec<EndedMessage>>);
+
+impl Heard {
+    /// What it heard since it was last asked.
+    pub(crate) fn take(&self) -> Vec<EndedMessage> {
+        std::mem::take(&mut self.0.lock())
+    }
+}
+
+impl CommitSink for Heard {
+    fn committed(&self, _: &NewMessage, _: &Appended) {}
+
+    fn ended(&self, user: &str, message: &SettledMessage, state: State) {
+        self.0.lock().push((user.to_owned(), message.clone(), state));
+    }
 }
 
 pub(crate) fn text(text: impl Into<String>) -> Arc<Payload> {
@@ -51,6 +110,7 @@ pub(crate) fn message(user: &str, id: u128, body: &str, key: &str, clock: &Manua
         dedupe_key: key.to_owned(),
         time_us: clock.now_us(),
         trace: String::new(),
+        ..NewMessage::default()
     }
 }
 
@@ -87,7 +147,9 @@ pub(crate) async fn fixed_cases<H: Harness>(make: impl Fn() -> H) {
     what_is_unwritten_becomes_due(make()).await;
     parking_holds_until_something_arms(make()).await;
     audit::cases(&make).await;
-    failing::fixed_cases(make).await;
+    failing::fixed_cases(&make).await;
+    ending::fixed_cases(&make).await;
+    scheduled::fixed_cases(make).await;
 }
 
 async fn pipelined_appends_keep_their_order<H: Harness>(mut harness: H) {
@@ -99,7 +161,7 @@ async fn pipelined_appends_keep_their_order<H: Harness>(mut harness: H) {
         assert_eq!(pending.await.remove(0).unwrap().seq, index as u64 + 1);
     }
     let full = append(99).await.remove(0);
-    assert_eq!(full, Err(AppendError::QueueFull { unsettled: MAX_UNSETTLED }));
+    assert_eq!(full, Err(AppendError::QueueFull { quota: Quota::Messages, held: MAX_UNSETTLED }));
     let other = store.append(vec![message("eve", 1, "x", "", harness.clock())]).await.remove(0);
     assert_eq!(other.unwrap().seq, 1);
 }
@@ -241,7 +303,10 @@ async fn what_is_unwritten_becomes_due<H: Harness>(mut harness: H) {
     };
     let hold = Duration::from_secs(30);
     assert_eq!(claim(hold).await, Ok(vec![]));
-    assert_eq!(store.stats().await, Ok(Stats { inboxes: 1, unsettled: 2, armed: 1, dead_letters: 0 }));
+    assert_eq!(
+        store.stats().await,
+        Ok(Stats { inboxes: 1, unsettled: 2, armed: 1, dead_letters: 0, scheduled: 0 })
+    );
     clock.advance(FIRST_DUE);
     let claimed = claim(hold).await.unwrap();
     assert_eq!(claimed.len(), 1);
@@ -266,7 +331,10 @@ async fn what_is_unwritten_becomes_due<H: Harness>(mut harness: H) {
     store.ack(vec![settle("bob", epoch, &[], 900)]).await.remove(0).unwrap();
     clock.advance(hold);
     assert_eq!(store.claim_due(clock.now_us(), clock.now_us() + 1, 10).await, Ok(vec![]));
-    assert_eq!(store.stats().await, Ok(Stats { inboxes: 1, unsettled: 2, armed: 0, dead_letters: 0 }));
+    assert_eq!(
+        store.stats().await,
+        Ok(Stats { inboxes: 1, unsettled: 2, armed: 0, dead_letters: 0, scheduled: 0 })
+    );
     store.arm(vec!["bob".to_owned()]);
     assert_eq!(seqs(&read_all(&*store, "bob").await), [1, 2]);
 }

@@ -10,3 +10,4 @@ pub(crate) mod send;
 pub(crate) mod sub;
 pub(crate) mod token;
 pub(crate) mod trace;
+mod when;

@@ -4,18 +4,22 @@
 //! A message that failed for good dies in two of them: the first notes it as dying, from when on nothing but that
 //! becomes of it, then its dead letter is written, then the second settles it.
 
+mod expire;
 mod model;
 
 use std::collections::VecDeque;
 
-use uuid::Uuid;
+pub(super) use expire::AGAIN_US;
 
 use super::{
-    inbox::Inbox,
+    inbox::{Inbox, Open},
     plan::{Attempt, Kind, Rules, Step},
     work::{Ack, Queued, Work},
 };
-use crate::store::{Attempts, Settled, SettledMessage, Verdict};
+use crate::{
+    message::State,
+    store::{Attempts, CommitSink, Settled, SettledMessage, Verdict},
+};
 
 /// Most acks of one write.
 const MAX_RUN: usize = 64;
@@ -29,9 +33,16 @@ pub(super) struct Plan {
     written: u64,
     /// Seqs that it settles as acked, ascending.
     fresh: Vec<u64>,
+    /// Seqs that it settles as expired, ascending, and what is told of them.
+    expired: Vec<u64>,
+    ended: Vec<SettledMessage>,
     /// Dying messages that it settles as dead.
     dead: Vec<u64>,
     attempts: Attempts,
+    /// Bytes that count for the quota no longer.
+    bytes: i64,
+    /// Before when no message in the document expires after it, 0 when none does; `None` when that stays as it is.
+    expires_us: Option<u64>,
     /// Whether it changes the attempts, and whether by a failure.
     noted: bool,
     fails: bool,
@@ -41,11 +52,15 @@ pub(super) struct Plan {
 
 #[derive(Default)]
 struct Part {
+    /// Seqs that it settles, as acked or as expired.
     fresh: Vec<u64>,
+    expired: Vec<u64>,
     messages: Vec<SettledMessage>,
     /// Whether its failures were looked at, and what follows from those that were taken.
     noted: bool,
     failed: Vec<(u64, Verdict)>,
+    /// How many it could not note.
+    refused: usize,
     /// The mark after it, and how many ranges were refused; `None` when more of it is to come.
     end: Option<(u64, usize)>,
 }
@@ -53,9 +68,10 @@ struct Part {
 /// Answers what changes nothing, and makes the write for the acks at the front of the queue.
 pub(super) fn plan(rules: &Rules<'_>, user: &str, queue: &mut VecDeque<Queued>, inbox: &Inbox) -> Step {
     let Some(mut plan) = settle(rules, queue, inbox) else { return Step::Read };
-    let missing: Vec<u64> = plan.leaving().filter(|seq| inbox.message(*seq).is_none()).collect();
+    let missing: Vec<u64> =
+        plan.leaving().chain(plan.killed(inbox)).filter(|seq| inbox.message(*seq).is_none()).collect();
     if let (Some(first), Some(last)) = (missing.iter().min(), missing.iter().max()) {
-        if !inbox.looked_beside {
+        if missing.iter().any(|seq| !inbox.looked_for(*seq)) {
             return Step::Beside(*first, *last);
         }
         if !inbox.fresh {
@@ -68,7 +84,7 @@ pub(super) fn plan(rules: &Rules<'_>, user: &str, queue: &mut VecDeque<Queued>, 
         return Step::Bury(unburied);
     }
     plan.name(inbox);
-    if !plan.settles() && plan.written <= inbox.written {
+    if !plan.settles() && plan.written <= inbox.written && plan.expires_us.is_none() {
         plan.answer(queue);
         return Step::Again;
     }
@@ -89,8 +105,12 @@ fn settle(rules: &Rules<'_>, queue: &VecDeque<Queued>, inbox: &Inbox) -> Option<
         settled: inbox.settled.clone(),
         written: inbox.written,
         fresh: Vec::new(),
+        expired: Vec::new(),
+        ended: Vec::new(),
         dead: Vec::new(),
         attempts: inbox.attempts.clone(),
+        bytes: 0,
+        expires_us: None,
         noted: false,
         fails: false,
         parts: Vec::new(),
@@ -99,7 +119,7 @@ fn settle(rules: &Rules<'_>, queue: &VecDeque<Queued>, inbox: &Inbox) -> Option<
     plan.bury(inbox, &mut budget);
     for queued in queue.iter().take(MAX_RUN) {
         let Work::Ack(ack) = &queued.work else { break };
-        if ack.settle.epoch != inbox.epoch {
+        if ack.settle.epoch != inbox.epoch && ack.expiring.is_none() {
             plan.parts.push(Part { end: Some((plan.settled.mark(), 0)), ..Part::default() });
             continue;
         }
@@ -110,6 +130,11 @@ fn settle(rules: &Rules<'_>, queue: &VecDeque<Queued>, inbox: &Inbox) -> Option<
                 return None;
             }
             break;
+        }
+        if let Some(expiring) = &ack.expiring {
+            let part = plan.expire(rules, ack, expiring, inbox, &mut budget);
+            plan.parts.push(part);
+            continue;
         }
         plan.written = plan.written.max(ack.settle.written.min(inbox.head));
         let mut part = settle_one(ack, inbox.head, &mut plan.settled, &mut budget);
@@ -124,6 +149,7 @@ fn settle(rules: &Rules<'_>, queue: &VecDeque<Queued>, inbox: &Inbox) -> Option<
         }
     }
     plan.fresh.sort_unstable();
+    plan.expired.sort_unstable();
     plan.noted = plan.attempts != inbox.attempts;
     Some(plan)
 }
@@ -161,7 +187,7 @@ fn settle_one(ack: &Ack, head: u64, settled: &mut Settled, budget: &mut u64) -> 
 impl Plan {
     /// How many messages it settles.
     pub(super) fn count(&self) -> usize {
-        self.fresh.len() + self.dead.len()
+        self.fresh.len() + self.expired.len() + self.dead.len()
     }
 
     /// Whether it is among the writes that are counted.
@@ -171,7 +197,17 @@ impl Plan {
 
     /// The seqs that it settles.
     fn leaving(&self) -> impl Iterator<Item = u64> + '_ {
-        self.fresh.iter().chain(&self.dead).copied()
+        self.fresh.iter().chain(&self.expired).chain(&self.dead).copied()
+    }
+
+    /// The seqs that it notes as dying.
+    fn killed(&self, inbox: &Inbox) -> impl Iterator<Item = u64> {
+        self.attempts.dying().filter(|seq| inbox.attempts.death(*seq).is_none())
+    }
+
+    /// Whether it leaves nothing unsettled, as far as the inbox is known.
+    fn empties(&self, inbox: &Inbox) -> bool {
+        self.count() > 0 && self.settled.mark() >= inbox.head
     }
 
     /// Settles what an earlier write noted as dying, as far as there is room for further settled ranges.
@@ -210,21 +246,21 @@ impl Plan {
         }
     }
 
-    /// Names the messages of each part.
+    /// Names the messages of each part, and adds up what leaves.
     fn name(&mut self, inbox: &Inbox) {
+        let name = |seq: &u64| inbox.message(*seq).map(Open::settled);
         for part in &mut self.parts {
-            part.messages = part
-                .fresh
-                .iter()
-                .filter_map(|seq| inbox.message(*seq))
-                .map(|open| SettledMessage {
-                    seq: open.seq,
-                    message_id: Uuid::from_bytes(open.id.bytes()),
-                    accepted_us: open.time_us,
-                    trace: open.trace.clone(),
-                })
-                .collect();
+            part.messages = part.fresh.iter().chain(&part.expired).filter_map(name).collect();
         }
+        self.ended = self.expired.iter().filter_map(name).collect();
+        // What was dying before was taken off then.
+        let released = self.fresh.iter().chain(&self.expired).copied().chain(self.killed(inbox));
+        self.bytes = released.filter_map(|seq| inbox.message(seq)).map(|open| open.bytes as i64).sum();
+    }
+
+    /// Tells what it has ended, once that is durable.
+    pub(super) fn tell(&self, sink: &dyn CommitSink, user: &str) {
+        self.ended.iter().for_each(|message| sink.ended(user, message, State::Expired));
     }
 
     /// Answers the acks at the front of the queue, which are those of this plan.
@@ -233,7 +269,7 @@ impl Plan {
             let Some(Queued { work: Work::Ack(ack), .. }) = queue.front_mut() else { return };
             ack.settled(part.messages);
             if part.noted {
-                ack.noted(part.failed);
+                ack.noted(part.failed, part.refused);
             }
             let Some(end) = part.end else { return };
             if let Some(Queued { work: Work::Ack(ack), .. }) = queue.pop_front() {
@@ -247,14 +283,28 @@ impl Plan {
         inbox.settled = self.settled.clone();
         inbox.written = self.written;
         inbox.attempts = self.attempts.clone();
+        if let Some(expires_us) = self.expires_us {
+            inbox.expires_us = expires_us;
+        }
         if !self.settles() {
             return;
+        }
+        if self.empties(inbox) {
+            (inbox.held_bytes, inbox.expires_us) = (0, 0);
+        } else {
+            inbox.held_bytes = inbox.held_bytes.saturating_sub(self.bytes);
+        }
+        if self.count() > 0 {
+            inbox.drop_collapse_keys();
         }
         inbox.settles += 1;
         inbox.terminal += self.count() as u64;
         inbox.receipts += self.count();
-        inbox
-            .open
-            .retain(|open| self.fresh.binary_search(&open.seq).is_err() && !self.dead.contains(&open.seq));
+        let leaves = |seq: &u64| {
+            self.fresh.binary_search(seq).is_ok()
+                || self.expired.binary_search(seq).is_ok()
+                || self.dead.contains(seq)
+        };
+        inbox.open.retain(|open| !leaves(&open.seq));
     }
 }

@@ -1,18 +1,27 @@
 //! Appending: one write for all messages of a user that wait together. Its condition is the head from which the
 //! seqs count on, so that no two writes give out the same seq, whoever makes them.
+//!
+//! A write that replaces messages, or lets the oldest die for room, does so in the same step. It holds the count of what
+//! settles as well as the head, so that it does to the inbox what it was planned for, or nothing.
+
+mod model;
+mod room;
 
 use std::collections::{HashMap, VecDeque};
 
-use mongodb::bson::{Bson, Document, doc};
+use room::{Draft, Ending, Fit};
 
 use super::{
     database::Database,
-    documents::{self, KeyDoc, MessageDoc, WriterDoc, binary, bson, id},
+    documents::{self, CollapseDoc, KeyDoc, WriterDoc, binary, id},
     inbox::{Inbox, Open},
     plan::{Attempt, Kind, Rules, Step},
     work::{Append, Queued, Work},
 };
-use crate::store::{AppendError, Appended, CommitSink, DEDUPE_WINDOW, FIRST_DUE, StoreError};
+use crate::{
+    message::State,
+    store::{AppendError, Appended, CommitSink, DEDUPE_WINDOW, StoreError},
+};
 
 /// Most messages of one write.
 const MAX_RUN: usize = 64;
@@ -20,14 +29,11 @@ const MAX_RUN: usize = 64;
 /// Most bytes of payload in one write, unless its first message alone is larger.
 const MAX_RUN_BYTES: usize = 256 * 1024;
 
-/// Most nodes that are remembered as writers of an inbox before those are forgotten that wrote long ago.
-const MAX_WRITERS: usize = 8;
-
-/// Since when a writer has been silent that is forgotten, in microseconds: far longer than it waits for an answer.
-const IDLE_WRITER_US: i64 = 3_600 * 1_000_000;
-
 /// The dedupe keys that were looked for beside inboxes in this round, by their `_id`.
 pub(super) type KeysBeside = HashMap<String, Option<KeyDoc>>;
+
+/// Digests of a message's dedupe key and of its payload.
+pub(super) type Key = (Vec<u8>, Vec<u8>);
 
 /// What a message's dedupe key says about it.
 enum Verdict {
@@ -54,11 +60,14 @@ pub(super) fn keys_to_look_for(user: &str, queue: &VecDeque<Queued>, inbox: &Inb
         .collect()
 }
 
+/// Whether the use of a key still holds for a message that is accepted at this time.
+pub(super) fn holds(key: &KeyDoc, time_us: u64) -> bool {
+    key.t.cast_unsigned().saturating_add(DEDUPE_WINDOW.as_micros() as u64) >= time_us
+}
+
 fn verdict(append: &Append, user: &str, inbox: &Inbox, beside: &KeysBeside) -> Verdict {
     let Some((digest, sha256)) = &append.key else { return Verdict::New };
-    let at = append.message.time_us;
-    let window = DEDUPE_WINDOW.as_micros() as u64;
-    let holds = |key: &&KeyDoc| key.t.cast_unsigned().saturating_add(window) >= at;
+    let holds = |key: &&KeyDoc| holds(key, append.message.time_us);
     // The newest use of a key comes last.
     let inside = inbox.keys.iter().rev().find(|key| key.k.bytes == *digest);
     let first = match inside {
@@ -82,6 +91,29 @@ fn verdict(append: &Append, user: &str, inbox: &Inbox, beside: &KeysBeside) -> V
     })
 }
 
+/// A write of messages at the front of the queue.
+pub(super) struct Run {
+    pub(super) first: u64,
+    pub(super) count: usize,
+    /// What it holds of the inbox beside the head: how often something had been settled, when it ends messages itself,
+    /// and how often something had been scheduled, when it has dedupe keys.
+    settles: Option<i64>,
+    plans: Option<i64>,
+    /// Bytes that count for the quota after it.
+    held_bytes: i64,
+    collapse: Vec<CollapseDoc>,
+    ending: Option<Box<Ending>>,
+}
+
+impl Run {
+    /// Whether the write can still be done; each of the numbers only rises.
+    pub(super) fn may_match(&self, inbox: &Inbox) -> bool {
+        inbox.head + 1 == self.first
+            && self.settles.is_none_or(|settles| settles == inbox.settles)
+            && self.plans.is_none_or(|plans| plans == inbox.plans)
+    }
+}
+
 /// Answers what needs no write, and makes the write for what follows at the front of the queue.
 pub(super) fn plan(
     rules: &Rules<'_>,
@@ -91,93 +123,69 @@ pub(super) fn plan(
     beside: &KeysBeside,
 ) -> Step {
     let (mut count, mut bytes, mut keys) = (0, 0, Vec::new());
+    let mut draft = Draft::new(inbox);
     while let Some(Queued { work: Work::Append(append), .. }) = queue.get(count) {
-        let unsettled = inbox.unsettled() + count as u64;
         let answer = match verdict(append, user, inbox, beside) {
             Verdict::NotLooked => break,
-            Verdict::Answer(answer) => Some(answer),
-            Verdict::New if unsettled < rules.max_unsettled => None,
-            // Others may have acked since the inbox was read.
-            Verdict::New if !inbox.fresh => {
-                if count == 0 {
-                    return Step::Read;
+            Verdict::Answer(answer) => answer,
+            Verdict::New => {
+                let size = append.bytes() as usize;
+                let repeated = append.key.as_ref().is_some_and(|(digest, _)| keys.contains(digest));
+                if count == MAX_RUN || (count > 0 && bytes + size > MAX_RUN_BYTES) || repeated {
+                    break;
                 }
-                break;
+                match draft.put(rules, append, inbox.head + count as u64 + 1) {
+                    Fit::In => {
+                        keys.extend(append.key.as_ref().map(|(digest, _)| digest.clone()));
+                        (count, bytes) = (count + 1, bytes + size);
+                        continue;
+                    }
+                    Fit::Refused(error) => Err(error),
+                    _ if count > 0 => break,
+                    // Others may have acked since the inbox was read.
+                    Fit::Read => return Step::Read,
+                    Fit::Beside(from, to) => return Step::Beside(from, to),
+                    Fit::Later => return Step::Fail(1, damaged(user)),
+                }
             }
-            Verdict::New => Some(Err(AppendError::QueueFull { unsettled })),
         };
-        if let Some(answer) = answer {
-            if count > 0 {
-                break;
-            }
-            if let Some(Queued { work: Work::Append(append), .. }) = queue.pop_front() {
-                append.answer(answer);
-            }
-            continue;
-        }
-        let size = prost::Message::encoded_len(&*append.message.payload);
-        let repeated = append.key.as_ref().is_some_and(|(digest, _)| keys.contains(digest));
-        if count == MAX_RUN || (count > 0 && bytes + size > MAX_RUN_BYTES) || repeated {
+        if count > 0 {
             break;
         }
-        keys.extend(append.key.as_ref().map(|(digest, _)| digest.clone()));
-        (count, bytes) = (count + 1, bytes + size);
+        if let Some(Queued { work: Work::Append(append), .. }) = queue.pop_front() {
+            append.answer(answer);
+        }
     }
     if count == 0 {
         return Step::Again;
     }
+    let run = Run {
+        first: inbox.head + 1,
+        count,
+        settles: draft.ending.is_some().then_some(inbox.settles),
+        plans: (!keys.is_empty()).then_some(inbox.plans),
+        held_bytes: draft.held_bytes,
+        collapse: draft.collapse,
+        ending: draft.ending,
+    };
     let appends = queue.iter().take(count).filter_map(|queued| match &queued.work {
         Work::Append(append) => Some(append),
         Work::Ack(_) | Work::Arm(_) => None,
     });
-    match model(rules, user, appends, count, inbox) {
+    match model::model(rules, user, appends, &run, inbox) {
         Ok(model) => {
-            let (batch, first) = (rules.batch, inbox.head + 1);
-            Step::Write(Box::new(Attempt { batch, model, bytes, kind: Kind::Append { first, count } }))
+            Step::Write(Box::new(Attempt { batch: rules.batch, model, bytes, kind: Kind::Append(run) }))
         }
         Err(error) => Step::Fail(count, error),
     }
 }
 
-fn model<'a>(
-    rules: &Rules<'_>,
-    user: &str,
-    appends: impl Iterator<Item = &'a Append>,
-    count: usize,
-    inbox: &Inbox,
-) -> Result<mongodb::options::WriteModel, StoreError> {
-    let (mut messages, mut keys) = (Vec::with_capacity(count), Vec::new());
-    for (append, seq) in appends.zip(inbox.head + 1..) {
-        messages.push(bson(&MessageDoc::new(&append.message, seq))?);
-        if let Some(key) = key_doc(append, seq) {
-            keys.push(bson(&key)?);
-        }
-    }
-    let Rules { database, now_us, batch, .. } = *rules;
-    let (head, count) = (inbox.head.cast_signed(), count as i64);
-    let writer = WriterDoc { b: batch, t: now_us.cast_signed() };
-    let mut push = doc! { "messages": { "$each": messages } };
-    if !keys.is_empty() {
-        push.insert("keys", doc! { "$each": keys });
-    }
-    let mut update = doc! {
-        "$set": { "seq": head + count, "attempt": 0_i64, format!("writers.{}", database.node): bson(&writer)? },
-        "$inc": { "armed": 1_i64 },
-        "$min": { "due": (now_us + FIRST_DUE.as_micros() as u64).cast_signed() },
-        "$push": push,
-    };
-    if !inbox.exists {
-        update.insert("$setOnInsert", new_inbox(user, inbox));
-    }
-    let idle = idle_writers(rules, inbox);
-    if !idle.is_empty() {
-        update.insert("$unset", idle);
-    }
-    let filter = doc! { "_id": user, "seq": head };
-    Ok(database.update(filter, update, !inbox.exists))
+/// What no write leads to: it holds messages by its counters, and none by what is settled.
+fn damaged(user: &str) -> StoreError {
+    StoreError::Unavailable(format!("the counters of inbox {user:?} in the database are damaged"))
 }
 
-fn key_doc(append: &Append, seq: u64) -> Option<KeyDoc> {
+pub(super) fn key_doc(append: &Append, seq: u64) -> Option<KeyDoc> {
     let (digest, sha256) = append.key.as_ref()?;
     Some(KeyDoc {
         k: binary(digest.clone()),
@@ -188,45 +196,27 @@ fn key_doc(append: &Append, seq: u64) -> Option<KeyDoc> {
     })
 }
 
-/// What an inbox has from its first message on, beside what the write gives it anyway.
-fn new_inbox(user: &str, inbox: &Inbox) -> Document {
-    doc! {
-        "h": documents::user_hash(user), "epoch": inbox.epoch.cast_signed(),
-        "mark": 0_i64, "settles": 0_i64, "written": 0_i64,
-    }
-}
-
-fn idle_writers(rules: &Rules<'_>, inbox: &Inbox) -> Document {
-    if inbox.writers.len() <= MAX_WRITERS {
-        return Document::new();
-    }
-    let idle = |writer: &WriterDoc| writer.t < rules.now_us.cast_signed() - IDLE_WRITER_US;
-    let others = inbox.writers.iter().filter(|(node, writer)| **node != *rules.database.node && idle(writer));
-    others.map(|(node, _)| (format!("writers.{node}"), Bson::from(""))).collect()
-}
-
 /// Takes over a write that is durable: what is known of the inbox, the sink, the answers.
 pub(super) fn committed(
     database: &Database,
     sink: &dyn CommitSink,
+    user: &str,
     queue: &mut VecDeque<Queued>,
     inbox: &mut Inbox,
-    attempt: &Attempt,
-    first: u64,
-    count: usize,
+    batch: i64,
+    run: Run,
 ) {
     // After a fresh look it is all there already.
-    let known = inbox.head >= first;
-    for seq in first..first + count as u64 {
+    let known = inbox.head >= run.first;
+    for seq in run.first..run.first + run.count as u64 {
         let Some(Queued { work: Work::Append(append), .. }) = queue.pop_front() else { return };
         if !known {
-            inbox.open.push(Open {
-                seq,
-                id: id(append.message.message_id),
-                time_us: append.message.time_us,
-                trace: append.message.trace.clone(),
-                bytes: prost::Message::encoded_len(&*append.message.payload),
-            });
+            let open = Open::appended(&append.message, seq);
+            if open.expires_us != 0 {
+                let earliest = Some(inbox.expires_us).filter(|us| *us != 0);
+                inbox.expires_us = earliest.map_or(open.expires_us, |us| us.min(open.expires_us));
+            }
+            inbox.open.push(open);
             inbox.keys.extend(key_doc(&append, seq));
             (inbox.head, inbox.exists) = (seq, true);
         }
@@ -240,6 +230,22 @@ pub(super) fn committed(
         sink.committed(&append.message, &appended);
         append.answer(Ok(appended));
     }
-    let writer = WriterDoc { b: attempt.batch, t: i64::MAX };
+    if !known {
+        inbox.held_bytes = run.held_bytes;
+        inbox.collapse.extend(run.collapse);
+    }
+    if let Some(ending) = run.ending {
+        for open in ending.superseded.iter().filter_map(|(_, open)| open.as_ref()) {
+            sink.ended(user, &open.settled(), State::Superseded);
+        }
+        if ending.killed > 0 {
+            // Their dead letters follow at once.
+            queue.push_front(Queued::finishing(user, inbox.epoch));
+        }
+        if !known {
+            ending.apply(inbox);
+        }
+    }
+    let writer = WriterDoc { b: batch, t: i64::MAX };
     inbox.writers.insert(database.node.to_string(), writer);
 }

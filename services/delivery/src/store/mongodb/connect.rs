@@ -193,27 +193,42 @@ fn is_standalone(hello: &Document) -> bool {
 async fn create_indexes(database: &MongoDatabase) -> MongoResult<()> {
     let index =
         |keys: Document, options: IndexOptions| IndexModel::builder().keys(keys).options(options).build();
-    let armed = doc! { "due": { "$gt": 0_i64 } };
-    let armed = IndexOptions::builder().name("due".to_owned()).partial_filter_expression(armed).build();
     let expiring =
         |name: &str, after| IndexOptions::builder().name(name.to_owned()).expire_after(Some(after)).build();
     let sparse = |name: &str| IndexOptions::builder().name(name.to_owned()).sparse(true).build();
-    // Armed inboxes, the longest due first; a node's share of users is told from the index alone.
-    let inbox = [index(doc! { "due": 1, "h": 1 }, armed)];
+    let partial = |name: &str| {
+        let some = doc! { name: { "$gt": 0_i64 } };
+        IndexOptions::builder().name(name.to_owned()).partial_filter_expression(some).build()
+    };
+    let inbox = [
+        // Armed inboxes, the longest due first; a node's share of users is told from the index alone.
+        index(doc! { "due": 1, "h": 1 }, partial("due")),
+        // Those in which something expires, likewise.
+        index(doc! { "expires": 1, "h": 1 }, partial("expires")),
+    ];
     database.collection::<Document>("inbox").create_indexes(inbox).await?;
     let beside = [
         // Bodies and receipts by message.
         index(doc! { "ids": 1 }, sparse("by_message")),
         // Receipts and dedupe keys go by themselves.
         index(doc! { "x": 1 }, expiring("expiry", Duration::ZERO)),
+        // Bodies that expire.
+        index(doc! { "e": 1, "h": 1 }, partial("e")),
     ];
     database.collection::<Document>("beside").create_indexes(beside).await?;
+    let named = |name: &str| IndexOptions::builder().name(name.to_owned()).build();
     let dead = [
         // The newest first, of all and of one user.
-        index(doc! { "at": -1 }, IndexOptions::builder().name("at".to_owned()).build()),
-        index(doc! { "u": 1, "at": -1 }, IndexOptions::builder().name("of".to_owned()).build()),
+        index(doc! { "at": -1 }, named("at")),
+        index(doc! { "u": 1, "at": -1 }, named("of")),
     ];
     database.collection::<Document>("dead").create_indexes(dead).await?;
+    let scheduled = [
+        // The earliest first, and how many a user has.
+        index(doc! { "due": 1, "h": 1 }, named("due")),
+        index(doc! { "u": 1 }, named("of")),
+    ];
+    database.collection::<Document>("scheduled").create_indexes(scheduled).await?;
     let nodes = [index(doc! { "seen": 1 }, expiring("expiry", NODE_EXPIRY))];
     database.collection::<Document>("nodes").create_indexes(nodes).await?;
     Ok(())

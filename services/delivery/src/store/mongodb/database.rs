@@ -35,6 +35,7 @@ pub(super) struct Database {
     pub(super) inbox: Collection<Document>,
     pub(super) beside: Collection<Document>,
     pub(super) dead: Collection<Document>,
+    pub(super) scheduled: Collection<Document>,
     pub(super) nodes: Collection<Document>,
     /// Random, made with the database.
     pub(super) store_id: u64,
@@ -66,7 +67,12 @@ pub(super) fn is_duplicate(error: &Error) -> bool {
 
 impl Database {
     /// One update of an inbox.
-    pub(super) fn update(&self, filter: Document, update: Document, upsert: bool) -> WriteModel {
+    pub(super) fn update(
+        &self,
+        filter: Document,
+        update: impl Into<UpdateModifications>,
+        upsert: bool,
+    ) -> WriteModel {
         update_of(self.inbox.namespace(), filter, update, upsert)
     }
 
@@ -163,6 +169,16 @@ impl Database {
         self.find(StoreOperation::Read, &self.dead, filter, options).await
     }
 
+    /// Finds scheduled messages.
+    pub(super) async fn find_scheduled<T: DeserializeOwned + Send + Sync + Unpin>(
+        &self,
+        operation: StoreOperation,
+        filter: Document,
+        options: FindOptions,
+    ) -> Result<Vec<T>, StoreError> {
+        self.find(operation, &self.scheduled, filter, options).await
+    }
+
     /// Finds inboxes by what they hold.
     pub(super) async fn find_due<T: DeserializeOwned + Send + Sync + Unpin>(
         &self,
@@ -172,7 +188,7 @@ impl Database {
         self.find(StoreOperation::Claim, &self.inbox, filter, options).await
     }
 
-    /// Finds inboxes for the audit: the first of those whose users' names follow `after`, in the order of the names.
+    /// Finds inboxes for the audit, those that ever had a message: the first of those whose users' names follow `after`, in the order of the names.
     pub(super) async fn find_after<T: DeserializeOwned + Send + Sync + Unpin>(
         &self,
         after: &str,
@@ -182,7 +198,8 @@ impl Database {
         let limit = i64::try_from(limit).unwrap_or(i64::MAX);
         let options =
             FindOptions::builder().sort(doc! { "_id": 1 }).limit(limit).projection(projection).build();
-        self.find(StoreOperation::Audit, &self.inbox, doc! { "_id": { "$gt": after } }, options).await
+        let filter = doc! { "_id": { "$gt": after }, "seq": { "$gt": 0_i64 } };
+        self.find(StoreOperation::Audit, &self.inbox, filter, options).await
     }
 
     /// Finds the inboxes of users, without those that have none.
@@ -201,10 +218,9 @@ impl Database {
 pub(super) fn update_of(
     namespace: Namespace,
     filter: Document,
-    update: Document,
+    update: impl Into<UpdateModifications>,
     upsert: bool,
 ) -> WriteModel {
-    let update = UpdateModifications::Document(update);
     let model = UpdateOneModel::builder().namespace(namespace).filter(filter).update(update);
     // Left out where it is the default: it would go with each of many writes.
     WriteModel::UpdateOne(if upsert { model.upsert(true).build() } else { model.build() })

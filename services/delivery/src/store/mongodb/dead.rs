@@ -251,7 +251,8 @@ pub(super) async fn purge(database: &Database, letters: &[(String, Uuid)]) -> Re
     done(database.write(StoreOperation::Write, letters.iter().map(delete).collect()).await)
 }
 
-fn done(outcomes: Vec<Outcome>) -> Result<u64, StoreError> {
+/// How many of some writes were done.
+pub(super) fn done(outcomes: Vec<Outcome>) -> Result<u64, StoreError> {
     let mut count = 0;
     for outcome in outcomes {
         match outcome {

@@ -2,7 +2,7 @@
 //!
 //! Collection `inbox` has one document for each user, whose name is its `_id`. Collection `beside` has what left
 //! those: bodies as `b/USER/FIRST/LAST`, receipts as `r/USER/…`, a dedupe key as `d/DIGEST/USER`, with the user as
-//! `u`. Servers take updated documents apart, so an inbox has as few fields as serve.
+//! `u`. Collection `scheduled` has what waits for its time. Servers take updated documents apart, so an inbox has as few fields as serve.
 
 use std::collections::BTreeMap;
 
@@ -15,9 +15,10 @@ use sanjay_proto::client::v1::{InboxMessage, Payload};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use super::inbox::Open;
 use crate::{
     message::State,
-    store::{Attempts, NewMessage, Receipt, Settled, StoreError},
+    store::{Attempts, NewMessage, Receipt, Settled, StoreError, due},
 };
 
 /// Version of the documents' layout.
@@ -46,7 +47,7 @@ pub(super) fn user_hash(user: &str) -> i32 {
     i32::from_be_bytes(*first) & i32::MAX
 }
 
-/// What stands for a back end's dedupe key: half of a SHA-256, so that its length says nothing and fits.
+/// What stands for a back end's dedupe or collapse key: half of a SHA-256, so that its length says nothing and fits.
 pub(super) fn key_digest(caller: &str, key: &str) -> Vec<u8> {
     let mut context = ring::digest::Context::new(&ring::digest::SHA256);
     context.update(&(caller.len() as u64).to_be_bytes());
@@ -83,6 +84,11 @@ pub(super) fn date(us: u64) -> DateTime {
     DateTime::from_millis(i64::try_from(us.div_ceil(1_000)).unwrap_or(i64::MAX))
 }
 
+/// Whether the time of a message with this `expires_us` has passed.
+pub(super) fn has_expired(expires_us: u64, now_us: u64) -> bool {
+    expires_us != 0 && expires_us <= now_us
+}
+
 /// An unsettled message, in an inbox or beside it.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct MessageDoc {
@@ -112,23 +118,31 @@ pub(super) struct Header {
     /// Length of the encoded payload.
     #[prost(uint64, tag = "4")]
     pub(super) bytes: u64,
+    /// From when on no reader gets it, Unix time in microseconds; 0 for never.
+    #[prost(uint64, tag = "5")]
+    pub(super) expires_us: u64,
+}
+
+impl Header {
+    pub(super) fn new(message: &NewMessage) -> Self {
+        Self {
+            time_us: message.time_us,
+            caller: message.caller.clone(),
+            trace: message.trace.clone(),
+            bytes: message.payload.encoded_len() as u64,
+            expires_us: message.expires_us,
+        }
+    }
 }
 
 impl MessageDoc {
     /// The document of a message that is to be put at `seq`.
     pub(super) fn new(message: &NewMessage, seq: u64) -> Self {
-        let payload = message.payload.encode_to_vec();
-        let header = Header {
-            time_us: message.time_us,
-            caller: message.caller.clone(),
-            trace: message.trace.clone(),
-            bytes: payload.len() as u64,
-        };
         Self {
             n: seq.cast_signed(),
             i: id(message.message_id),
-            h: binary(header.encode_to_vec()),
-            p: Some(binary(payload)),
+            h: binary(Header::new(message).encode_to_vec()),
+            p: Some(binary(message.payload.encode_to_vec())),
         }
     }
 
@@ -151,10 +165,9 @@ impl MessageDoc {
     }
 
     /// What an edge gets of it.
-    pub(super) fn message(&self) -> Result<InboxMessage, StoreError> {
+    pub(super) fn message(&self, header: Header) -> Result<InboxMessage, StoreError> {
         let payload = self.p.as_ref().ok_or_else(|| self.damaged("it has no payload"))?;
         let payload = Payload::decode(&payload.bytes[..]).map_err(|error| self.damaged(error))?;
-        let header = self.header()?;
         Ok(InboxMessage {
             seq: self.seq(),
             message_id: self.i.bytes().to_vec().into(),
@@ -185,6 +198,17 @@ pub(super) struct ReceiptDoc {
 }
 
 impl ReceiptDoc {
+    /// Of a message that is settled at this time.
+    pub(super) fn new(open: &Open, state: State, now_us: u64) -> Self {
+        Self {
+            i: open.id,
+            n: open.seq.cast_signed(),
+            s: state.number(),
+            a: open.time_us.cast_signed(),
+            t: now_us.cast_signed(),
+        }
+    }
+
     pub(super) fn receipt(&self) -> Result<Receipt, StoreError> {
         let state = State::from_number(self.s).ok_or_else(|| {
             StoreError::Unavailable(format!("a receipt in the database has the unknown state {}", self.s))
@@ -201,12 +225,21 @@ pub(super) struct KeyDoc {
     pub(super) k: Binary,
     /// SHA-256 of the payload.
     pub(super) h: Binary,
-    /// The message's seq.
+    /// The message's seq; 0 when it was scheduled.
     pub(super) n: i64,
     /// The message's id.
     pub(super) i: BsonUuid,
     /// When it was accepted, Unix time in microseconds.
     pub(super) t: i64,
+}
+
+/// An unsettled message with a collapse key.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct CollapseDoc {
+    /// [`key_digest`] of its collapse key.
+    pub(super) k: Binary,
+    /// Its seq.
+    pub(super) n: i64,
 }
 
 /// What a node last appended to an inbox: tells it what became of a batch without an answer.
@@ -227,7 +260,7 @@ pub(super) struct SettlerDoc {
     pub(super) b: i64,
 }
 
-/// An inbox. A number that is not there is 0; nothing raises `expired` and `superseded` yet.
+/// An inbox. A number that is not there is 0.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default)]
 pub(super) struct InboxDoc {
@@ -263,6 +296,27 @@ pub(super) struct InboxDoc {
     pub(super) settler: Option<SettlerDoc>,
     /// [`Attempts::encode`]; absent when there are none.
     pub(super) attempts: Option<Binary>,
+    /// Bytes of the payloads of what is neither settled nor dying. Of what an earlier build appended or settled nothing
+    /// is counted, so it may be wrong, and below 0, until the inbox is empty.
+    pub(super) bytes: i64,
+    /// In ascending seq. What an earlier build settled may still be among them.
+    pub(super) collapse: Vec<CollapseDoc>,
+    /// No message in this document expires before it, Unix time in microseconds; absent when none does.
+    pub(super) expires: i64,
+    /// How often a key came to `keys` without raising `seq`: with a message that was scheduled.
+    pub(super) plans: i64,
+}
+
+/// What an inbox has from its beginning on, beside what the write gives it anyway.
+pub(super) fn new_inbox(user: &str, epoch: u64) -> Document {
+    doc! {
+        "h": user_hash(user), "epoch": epoch.cast_signed(), "mark": 0_i64, "settles": 0_i64, "written": 0_i64,
+    }
+}
+
+/// What selects a number that is absent while it is 0.
+pub(super) fn counted(number: i64) -> Bson {
+    if number == 0 { doc! { "$exists": false }.into() } else { number.into() }
 }
 
 /// What is known of messages that failed, as it was stored.
@@ -322,21 +376,35 @@ pub(super) struct BodiesDoc {
     /// Of the messages, for the index.
     pub(super) ids: Vec<BsonUuid>,
     pub(super) messages: Vec<MessageDoc>,
+    /// No message of them expires before it, Unix time in microseconds, and [`user_hash`]; absent when none does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) e: Option<i64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) h: Option<i32>,
 }
 
 impl BodiesDoc {
     /// Bodies of `user`; at least one, in ascending seq.
-    pub(super) fn new(user: &str, messages: Vec<MessageDoc>) -> Self {
+    ///
+    /// # Errors
+    /// When one is damaged.
+    pub(super) fn new(user: &str, messages: Vec<MessageDoc>) -> Result<Self, StoreError> {
         let first = messages.first().map_or(0, MessageDoc::seq);
         let last = messages.last().map_or(0, MessageDoc::seq);
-        Self {
+        let mut earliest = None;
+        for message in &messages {
+            earliest = due::earliest(earliest, Some(message.header()?.expires_us).filter(|us| *us != 0));
+        }
+        Ok(Self {
             id: bodies_id(user, first, last),
             u: user.to_owned(),
             f: first.cast_signed(),
             l: last.cast_signed(),
             ids: messages.iter().map(|message| message.i).collect(),
             messages,
-        }
+            e: earliest.map(u64::cast_signed),
+            h: earliest.map(|_| user_hash(user)),
+        })
     }
 }
 

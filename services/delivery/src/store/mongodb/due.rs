@@ -84,6 +84,39 @@ impl Share {
     }
 }
 
+/// One look for what is due by `at_us`.
+pub(super) struct Look {
+    pub(super) at_us: u64,
+    part: Part,
+    /// What was looked through before.
+    done: Option<Part>,
+}
+
+impl Look {
+    /// Selects by a field with a time, and by the users' hashes beside it, in the order of their index.
+    pub(super) fn filter(&self, field: &str) -> Document {
+        due_filter(field, self.at_us, self.part.from, self.part.to)
+    }
+
+    /// Whether this user was not among those looked through before.
+    pub(super) fn is_new(&self, user: &str) -> bool {
+        self.done.is_none_or(|part| !part_holds(part, user))
+    }
+}
+
+impl Share {
+    /// Where to look for what is due: in this node's part, then for what a node that is gone would have taken. The second
+    /// is for when the first had less than enough.
+    pub(super) async fn looks(&self, database: &Database, now_us: u64) -> Vec<Look> {
+        let part = self.part(database).await;
+        let mut looks = vec![Look { at_us: now_us, part, done: None }];
+        if part != ALL {
+            looks.push(Look { at_us: now_us.saturating_sub(GRACE_US), part: ALL, done: Some(part) });
+        }
+        looks
+    }
+}
+
 /// Says that this node is there, and works out its part from who else is.
 async fn announce(database: &Database) -> Result<Part, StoreError> {
     let now_us = database.clock.now_us();
@@ -150,12 +183,10 @@ pub(super) async fn claim(
     until_us: u64,
     limit: usize,
 ) -> Result<Claims, StoreError> {
-    let part = share.part(database).await;
-    let mut found = find(database, now_us, part, limit).await?;
-    if part != ALL && found.len() < limit {
-        // What a node that is gone would have claimed.
-        let late = find(database, now_us.saturating_sub(GRACE_US), ALL, limit - found.len()).await?;
-        found.extend(late.into_iter().filter(|late| !part_holds(part, &late.user)));
+    let mut found = Vec::new();
+    for look in share.looks(database, now_us).await {
+        let due = find(database, &look, limit - found.len()).await?;
+        found.extend(due.into_iter().filter(|due| look.is_new(&due.user)));
     }
     let (mut models, mut planned) = (Vec::new(), Vec::new());
     for inbox in found {
@@ -237,12 +268,12 @@ fn part_holds(part: Part, user: &str) -> bool {
     (part.from..part.to).contains(&hash)
 }
 
-/// What selects the due inboxes of a part, in the order of the index.
-pub(super) fn due_filter(now_us: u64, from: i64, to: i64) -> Document {
-    doc! { "due": { "$gt": 0_i64, "$lte": now_us.cast_signed() }, "h": { "$gte": from, "$lt": to } }
+/// What selects what is due by a field, of users with these hashes, in the order of the index.
+pub(super) fn due_filter(field: &str, now_us: u64, from: i64, to: i64) -> Document {
+    doc! { field: { "$gt": 0_i64, "$lte": now_us.cast_signed() }, "h": { "$gte": from, "$lt": to } }
 }
 
-async fn find(database: &Database, now_us: u64, part: Part, limit: usize) -> Result<Vec<DueDoc>, StoreError> {
+async fn find(database: &Database, look: &Look, limit: usize) -> Result<Vec<DueDoc>, StoreError> {
     if limit == 0 {
         return Ok(Vec::new());
     }
@@ -255,7 +286,7 @@ async fn find(database: &Database, now_us: u64, part: Part, limit: usize) -> Res
         .projection(fields)
         .limit(i64::try_from(limit).unwrap_or(i64::MAX))
         .build();
-    database.find_due(due_filter(now_us, part.from, part.to), options).await
+    database.find_due(look.filter("due"), options).await
 }
 
 /// When the oldest message was accepted that waits to be written, among the inboxes that are due first and last.
@@ -275,7 +306,7 @@ pub(super) async fn oldest(database: &Database, limit: usize) -> Result<Option<u
         let found: Vec<InboxDoc> = database.find_due(doc! { "due": { "$gt": 0_i64 } }, options).await?;
         for inbox in found {
             let done = inbox.written.max(inbox.mark).cast_unsigned();
-            let Some(seq) = reader::unsettled(&inbox, done).next() else { continue };
+            let Some(seq) = reader::unsettled(inbox.settled(), inbox.head(), done).next() else { continue };
             let mut message = inbox.messages.iter().find(|message| message.seq() >= seq).cloned();
             if seq <= inbox.spilled.cast_unsigned() && beside > 0 {
                 beside -= 1;

@@ -4,9 +4,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use mongodb::bson::Uuid as BsonUuid;
+use uuid::Uuid;
 
-use super::documents::{InboxDoc, KeyDoc, MessageDoc, SettlerDoc, WriterDoc};
-use crate::store::{Attempts, Settled, StoreError, epoch::epoch};
+use super::documents::{CollapseDoc, InboxDoc, KeyDoc, MessageDoc, SettlerDoc, WriterDoc, id};
+use crate::store::{Attempts, NewMessage, Settled, SettledMessage, StoreError, epoch::epoch};
 
 /// An unsettled message without its body.
 #[derive(Debug, Clone)]
@@ -17,6 +18,8 @@ pub(super) struct Open {
     pub(super) trace: String,
     /// Length of the payload.
     pub(super) bytes: usize,
+    /// Unix time in microseconds; 0 for never.
+    pub(super) expires_us: u64,
 }
 
 impl Open {
@@ -28,7 +31,30 @@ impl Open {
             time_us: header.time_us,
             trace: header.trace,
             bytes: usize::try_from(header.bytes).unwrap_or(usize::MAX),
+            expires_us: header.expires_us,
         })
+    }
+
+    /// A message that was just put at `seq`.
+    pub(super) fn appended(message: &NewMessage, seq: u64) -> Self {
+        Self {
+            seq,
+            id: id(message.message_id),
+            time_us: message.time_us,
+            trace: message.trace.clone(),
+            bytes: prost::Message::encoded_len(&*message.payload),
+            expires_us: message.expires_us,
+        }
+    }
+
+    /// What is told of it when it is settled.
+    pub(super) fn settled(&self) -> SettledMessage {
+        SettledMessage {
+            seq: self.seq,
+            message_id: Uuid::from_bytes(self.id.bytes()),
+            accepted_us: self.time_us,
+            trace: self.trace.clone(),
+        }
     }
 }
 
@@ -53,10 +79,18 @@ pub(super) struct Inbox {
     pub(super) keys: Vec<KeyDoc>,
     pub(super) writers: BTreeMap<String, WriterDoc>,
     pub(super) settler: Option<SettlerDoc>,
+    /// Bytes of the payloads of what is neither settled nor dying, as stored: it may be below 0.
+    pub(super) held_bytes: i64,
+    /// Messages with a collapse key, in ascending seq; some may be settled.
+    pub(super) collapse: Vec<CollapseDoc>,
+    /// No message in the document expires before it; 0 when none does.
+    pub(super) expires_us: u64,
+    /// Changes with each key of a scheduled message.
+    pub(super) plans: i64,
     /// Messages beside the document, as far as somebody asked for them; for one round.
     pub(super) beside: BTreeMap<u64, Open>,
-    /// Whether they were asked for.
-    pub(super) looked_beside: bool,
+    /// Which seqs were asked for, as ranges.
+    pub(super) looked_beside: Vec<(u64, u64)>,
     /// What failed; changes with `settles`.
     pub(super) attempts: Attempts,
     /// Dying messages whose dead letters are written; for one round.
@@ -104,8 +138,12 @@ impl Inbox {
             keys: document.keys,
             writers: document.writers,
             settler: document.settler,
+            held_bytes: document.bytes,
+            collapse: document.collapse,
+            expires_us: document.expires.cast_unsigned(),
+            plans: document.plans,
             beside: BTreeMap::new(),
-            looked_beside: false,
+            looked_beside: Vec::new(),
             attempts,
             buried: BTreeSet::new(),
             fresh: true,
@@ -136,6 +174,22 @@ impl Inbox {
             Ok(index) => Some(&self.open[index]),
             Err(_) => self.beside.get(&seq),
         }
+    }
+
+    /// Whether a seq was looked for beside the document in this round.
+    pub(super) fn looked_for(&self, seq: u64) -> bool {
+        self.looked_beside.iter().any(|(from, to)| (*from..=*to).contains(&seq))
+    }
+
+    /// Unsettled messages that are not dying.
+    pub(super) fn held(&self) -> u64 {
+        self.unsettled().saturating_sub(self.attempts.dying().count() as u64)
+    }
+
+    /// Forgets the collapse keys of what is settled.
+    pub(super) fn drop_collapse_keys(&mut self) {
+        let settled = &self.settled;
+        self.collapse.retain(|entry| !settled.holds(entry.n.cast_unsigned()));
     }
 
     /// Whether garbage lies beside the document: bodies of messages that are settled by now.

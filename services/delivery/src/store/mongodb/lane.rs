@@ -27,7 +27,7 @@ use super::{
 use crate::{
     metrics::StoreOperation,
     spans,
-    store::{CommitSink, NewMessage, StoreError, StoreOptions},
+    store::{CommitSink, NewMessage, Overflow, StoreError, StoreOptions},
 };
 
 /// Most users of one group of writes.
@@ -59,6 +59,9 @@ pub(super) struct Lane {
     database: Database,
     sink: Arc<dyn CommitSink>,
     max_unsettled: u64,
+    max_unsettled_bytes: u64,
+    overflow: Overflow,
+    keep_expired: bool,
     max_attempts: u32,
     random: SharedRandom,
     bounds: Bounds,
@@ -90,6 +93,9 @@ impl Lane {
             database,
             sink: options.on_commit.clone(),
             max_unsettled: options.max_unsettled,
+            max_unsettled_bytes: options.max_unsettled_bytes,
+            overflow: options.overflow,
+            keep_expired: options.keep_expired,
             max_attempts: options.max_attempts,
             random: options.random.clone(),
             bounds,
@@ -204,7 +210,7 @@ impl Lane {
         attempts: &'a [(&String, Box<Attempt>)],
     ) -> impl Iterator<Item = &'a NewMessage> + Clone {
         attempts.iter().flat_map(|(name, attempt)| {
-            let count = if let Kind::Append { count, .. } = attempt.kind { count } else { 0 };
+            let count = if let Kind::Append(run) = &attempt.kind { run.count } else { 0 };
             let queued = self.users.get(*name).into_iter().flat_map(|user| &user.queue).take(count);
             queued.filter_map(|queued| match &queued.work {
                 Work::Append(append) => Some(&append.message),
@@ -225,6 +231,9 @@ impl Lane {
                 database: &self.database,
                 now_us,
                 max_unsettled: self.max_unsettled,
+                max_unsettled_bytes: self.max_unsettled_bytes,
+                overflow: self.overflow,
+                keep_expired: self.keep_expired,
                 max_attempts: self.max_attempts,
                 random: &*self.random,
                 batch,
@@ -267,29 +276,32 @@ impl Lane {
     fn resolve(&mut self, name: &str) -> Option<Box<Attempt>> {
         let (user, inbox) = (self.users.get_mut(name)?, self.inboxes.get_mut(name)?);
         let attempt = user.unanswered.take()?;
-        match &attempt.kind {
-            Kind::Append { first, count } => {
-                let (first, count) = (*first, *count);
-                if inbox.writers.get(&*self.database.node).is_some_and(|writer| writer.b == attempt.batch) {
-                    let sink = &*self.sink;
-                    append::committed(&self.database, sink, &mut user.queue, inbox, &attempt, first, count);
-                    return None;
-                }
-                (inbox.head + 1 == first).then_some(attempt)
+        let (database, sink) = (&self.database, &*self.sink);
+        let done = match &attempt.kind {
+            Kind::Append(_) => {
+                inbox.writers.get(&*database.node).is_some_and(|writer| writer.b == attempt.batch)
             }
-            Kind::Ack { settles, plan } => {
-                let ours =
-                    |settler: &SettlerDoc| settler.w == *self.database.node && settler.b == attempt.batch;
-                if plan.settles() && inbox.settler.as_ref().is_some_and(ours) {
-                    if let Kind::Ack { plan, .. } = attempt.kind {
-                        plan.answer(&mut user.queue);
-                    }
-                    return None;
-                }
-                (plan.settles() && inbox.settles == *settles).then_some(attempt)
+            Kind::Ack { plan, .. } => {
+                let ours = |settler: &SettlerDoc| settler.w == *database.node && settler.b == attempt.batch;
+                plan.settles() && inbox.settler.as_ref().is_some_and(ours)
             }
-            Kind::Arm(_) => None,
-        }
+            Kind::Arm(_) => false,
+        };
+        let again = match attempt.kind {
+            Kind::Append(run) if done => {
+                append::committed(database, sink, name, &mut user.queue, inbox, attempt.batch, run);
+                return None;
+            }
+            Kind::Ack { plan, .. } if done => {
+                plan.tell(sink, name);
+                plan.answer(&mut user.queue);
+                return None;
+            }
+            Kind::Append(ref run) => run.may_match(inbox),
+            Kind::Ack { settles, ref plan } => plan.settles() && inbox.settles == settles,
+            Kind::Arm(_) => false,
+        };
+        again.then_some(attempt)
     }
 
     /// Takes over what became of a write.
@@ -304,12 +316,17 @@ impl Lane {
         match outcome {
             Outcome::Done => {
                 self.progress = true;
-                if let Kind::Append { first, count } = attempt.kind {
-                    let (database, sink) = (&self.database, &*self.sink);
-                    append::committed(database, sink, &mut user.queue, inbox, &attempt, first, count);
-                } else if let Kind::Ack { plan, .. } = attempt.kind {
-                    plan.apply(inbox);
-                    plan.answer(&mut user.queue);
+                let (database, sink) = (&self.database, &*self.sink);
+                match attempt.kind {
+                    Kind::Append(run) => {
+                        append::committed(database, sink, name, &mut user.queue, inbox, attempt.batch, run);
+                    }
+                    Kind::Ack { plan, .. } => {
+                        plan.apply(inbox);
+                        plan.tell(sink, name);
+                        plan.answer(&mut user.queue);
+                    }
+                    Kind::Arm(_) => {}
                 }
                 if untidy(inbox, &self.bounds) {
                     self.untidy.push(name.to_owned());
@@ -344,7 +361,7 @@ impl Lane {
             while user.queue.front().is_some_and(|queued| queued.deadline <= now) {
                 // All messages of a write have one fate: none of them may be written a second time.
                 let count = match user.unanswered.take().map(|attempt| attempt.kind) {
-                    Some(Kind::Append { count, .. }) => count,
+                    Some(Kind::Append(run)) => run.count,
                     Some(Kind::Ack { .. } | Kind::Arm(_)) | None => 1,
                 };
                 self.database.metrics.store_error();

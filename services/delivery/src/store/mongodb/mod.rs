@@ -14,12 +14,14 @@ mod database;
 mod dead;
 mod documents;
 mod due;
+mod expire;
 mod inbox;
 mod lane;
 mod plan;
 mod queue;
 mod reader;
 mod rearm;
+mod scheduled;
 #[cfg(test)]
 mod tests;
 mod tidy;
@@ -51,7 +53,8 @@ use work::{Ack, Append, Call, Queued, Work};
 
 use super::{
     Acked, AppendError, Appended, AuditPage, DeadFilter, DeadLetter, DeadPage, DeadPosition, DueInbox,
-    InboxQuery, InboxStore, NewMessage, Page, Rearm, Receipt, Settle, Stats, StoreError, StoreOptions,
+    Expired, InboxQuery, InboxStore, NewMessage, Page, Rearm, Receipt, Scheduled, ScheduledAt, Settle, Stats,
+    StoreError, StoreOptions,
 };
 
 /// How many groups of writes are under way at once: enough that the server has work for all its cores, and can sync
@@ -109,6 +112,7 @@ pub struct MongoStore {
     share: Arc<Share>,
     counted: Arc<Mutex<Counted>>,
     old_stats: bool,
+    bounds: Bounds,
 }
 
 impl MongoStore {
@@ -135,6 +139,7 @@ impl MongoStore {
             inbox: opened.database.collection("inbox"),
             beside: opened.database.collection("beside"),
             dead: opened.database.collection("dead"),
+            scheduled: opened.database.collection("scheduled"),
             nodes: opened.database.collection::<Document>("nodes"),
             client: opened.client,
             store_id: opened.store_id,
@@ -151,6 +156,7 @@ impl MongoStore {
             share: Arc::new(Share::new(tuning.sharing)),
             counted: Arc::default(),
             old_stats: tuning.old_stats,
+            bounds: tuning.bounds,
         })
     }
 
@@ -228,9 +234,10 @@ impl InboxStore for MongoStore {
         let submitted = self.queue.places(count, bytes).map(|places| {
             let (call, answered) = Call::new(count, places);
             for (part, message) in messages.into_iter().enumerate() {
-                let key = key(&message);
+                let (key, collapse) = (key(&message), collapse(&message));
                 let user = message.user.clone();
-                self.queue.submit(user, Work::Append(Append { message, key, call: call.clone(), part }));
+                self.queue
+                    .submit(user, Work::Append(Append { message, key, collapse, call: call.clone(), part }));
             }
             answered
         });
@@ -328,6 +335,43 @@ impl InboxStore for MongoStore {
         self.run(move |database| async move { dead::purge(&database, &letters).await })
     }
 
+    fn expire(&self, now_us: u64, limit: usize) -> BoxFuture<'static, Result<Expired, StoreError>> {
+        let (share, queue) = (self.share.clone(), self.queue.clone());
+        self.run(
+            move |database| async move { expire::expire(&database, &share, &queue, now_us, limit).await },
+        )
+    }
+
+    fn schedule(
+        &self,
+        messages: Vec<Scheduled>,
+    ) -> BoxFuture<'static, Vec<Result<ScheduledAt, AppendError>>> {
+        let (count, bounds) = (messages.len(), self.bounds);
+        let messages: Vec<_> = messages.into_iter().map(|s| (key(&s.message), s)).collect();
+        let answers = self
+            .run(move |database| async move { Ok(scheduled::schedule(&database, bounds, &messages).await) });
+        async move {
+            answers.await.unwrap_or_else(|error| (0..count).map(|_| Err(error.clone().into())).collect())
+        }
+        .boxed()
+    }
+
+    fn claim_scheduled(
+        &self,
+        now_us: u64,
+        until_us: u64,
+        limit: usize,
+    ) -> BoxFuture<'static, Result<Vec<Scheduled>, StoreError>> {
+        let share = self.share.clone();
+        self.run(
+            move |database| async move { scheduled::claim(&database, &share, now_us, until_us, limit).await },
+        )
+    }
+
+    fn unschedule(&self, messages: Vec<(String, Uuid)>) -> BoxFuture<'static, Result<u64, StoreError>> {
+        self.run(move |database| async move { scheduled::forget(&database, &messages).await })
+    }
+
     fn sweep(&self, _: u64, _: usize) -> BoxFuture<'static, Result<usize, StoreError>> {
         // TTL indexes remove what is past its time.
         async { Ok(0) }.boxed()
@@ -375,11 +419,17 @@ async fn count(database: Database, counted: Arc<Mutex<Counted>>) {
 }
 
 /// Digests of a message's dedupe key and of its payload.
-fn key(message: &NewMessage) -> Option<(Vec<u8>, Vec<u8>)> {
+fn key(message: &NewMessage) -> Option<append::Key> {
     (!message.dedupe_key.is_empty()).then(|| {
         let payload = ring::digest::digest(&ring::digest::SHA256, &message.payload.encode_to_vec());
         (documents::key_digest(&message.caller, &message.dedupe_key), payload.as_ref().to_vec())
     })
+}
+
+/// Digest of a message's collapse key.
+fn collapse(message: &NewMessage) -> Option<Vec<u8>> {
+    let key = &message.collapse_key;
+    (!key.is_empty()).then(|| documents::key_digest(&message.caller, key))
 }
 
 impl Drop for MongoStore {

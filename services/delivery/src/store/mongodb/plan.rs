@@ -6,12 +6,12 @@ use mongodb::{bson::doc, options::WriteModel};
 use sanjay_runtime::random::Random;
 
 use super::{
-    ack,
+    ack, append,
     database::Database,
     inbox::Inbox,
     work::{Queued, Work},
 };
-use crate::store::{FIRST_DUE, StoreError};
+use crate::store::{FIRST_DUE, Overflow, StoreError};
 
 /// Bounds of what an inbox holds itself; what is beyond is moved beside it.
 #[derive(Debug, Clone, Copy)]
@@ -41,6 +41,9 @@ pub(super) struct Rules<'a> {
     pub(super) database: &'a Database,
     pub(super) now_us: u64,
     pub(super) max_unsettled: u64,
+    pub(super) max_unsettled_bytes: u64,
+    pub(super) overflow: Overflow,
+    pub(super) keep_expired: bool,
     pub(super) max_attempts: u32,
     pub(super) random: &'a dyn Random,
     /// Number of the write that is being made.
@@ -57,10 +60,12 @@ pub(super) struct Attempt {
 }
 
 pub(super) enum Kind {
-    /// Messages at the front of the queue.
-    Append { first: u64, count: usize },
+    Append(append::Run),
     /// Acks at the front of the queue; how often something had been settled before.
-    Ack { settles: i64, plan: ack::Plan },
+    Ack {
+        settles: i64,
+        plan: ack::Plan,
+    },
     /// So many wishes to arm the inbox, at the front of the queue.
     Arm(usize),
 }
@@ -86,7 +91,7 @@ impl Attempt {
     /// How many messages or acks it is for.
     pub(super) fn items(&self) -> usize {
         match &self.kind {
-            Kind::Append { count, .. } => *count,
+            Kind::Append(run) => run.count,
             Kind::Ack { plan, .. } => plan.count(),
             Kind::Arm(_) => 0,
         }

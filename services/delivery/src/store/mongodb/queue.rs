@@ -2,13 +2,10 @@
 
 use std::sync::Arc;
 
-use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
-    time::Instant,
-};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 use super::{
-    DEADLINE, documents, gone,
+    documents, gone,
     work::{Ack, Queued, Work},
 };
 use crate::store::StoreError;
@@ -53,7 +50,7 @@ impl Queue {
     /// Hands work to its user's lane without waiting.
     pub(super) fn submit(&self, user: String, work: Work) {
         let hash = usize::try_from(documents::user_hash(&user)).unwrap_or(0);
-        let queued = Queued { user, work, deadline: Instant::now() + DEADLINE };
+        let queued = Queued::new(user, work);
         match self.lanes[hash % self.lanes.len()].try_send(queued) {
             Ok(()) => {}
             Err(mpsc::error::TrySendError::Full(queued)) => queued.work.fail(&StoreError::Busy),

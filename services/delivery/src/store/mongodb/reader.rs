@@ -8,6 +8,7 @@ use std::{
 
 use futures::TryStreamExt;
 use mongodb::{
+    Collection,
     bson::{Document, doc},
     options::FindOptions,
 };
@@ -16,14 +17,15 @@ use uuid::Uuid;
 
 use super::{
     database::Database,
-    documents::{BesideDoc, BodiesDoc, InboxDoc, MessageDoc, ReceiptDoc, bodies_between, id},
+    documents::{BesideDoc, BodiesDoc, InboxDoc, MessageDoc, ReceiptDoc, bodies_between, has_expired, id},
+    scheduled,
 };
 use crate::{
     message::State,
     metrics::StoreOperation,
     store::{
         InboxQuery, MAX_PAGE_BYTES, MAX_PAGE_MESSAGES, MAX_READ_BYTES, Page, RECEIPT_RETENTION, Receipt,
-        Stats, StoreError, epoch::epoch,
+        Settled, Stats, StoreError, epoch::epoch,
     },
 };
 
@@ -32,6 +34,9 @@ const MAX_INBOXES: usize = 64;
 
 /// Most documents of bodies that are read for one page.
 const MAX_BODIES: i64 = 24;
+
+/// How often what follows is looked at for one page when messages have expired and are not settled yet.
+const MAX_LOOKS: usize = 8;
 
 /// How often a page or a receipt is read again when what it consists of moves meanwhile.
 const TRIES: usize = 4;
@@ -94,17 +99,53 @@ async fn page(
     Err(StoreError::Unavailable("a message is in the inbox, and its body is not found".to_owned()))
 }
 
-/// The messages that a query is about, as (seq, delivery), ascending; one more than a page takes.
-fn wanted(inbox: &InboxDoc, query: &InboxQuery) -> Result<Vec<(u64, u32)>, StoreError> {
-    let attempts = inbox.attempts()?;
+/// The messages that a query is about, as (seq, delivery), ascending, also when they have expired.
+fn wanted(
+    inbox: &InboxDoc,
+    query: &InboxQuery,
+) -> Result<Box<dyn Iterator<Item = (u64, u32)> + Send>, StoreError> {
+    let (attempts, settled, head) = (inbox.attempts()?, inbox.settled(), inbox.head());
     if query.only.is_empty() {
         let after = query.after.unwrap_or(inbox.mark.cast_unsigned());
-        let deliverable = unsettled(inbox, after).filter_map(|seq| Some((seq, attempts.delivery(seq)?)));
-        return Ok(deliverable.take(query.limit.min(MAX_PAGE_MESSAGES) + 1).collect());
+        let unsettled = unsettled(settled, head, after);
+        return Ok(Box::new(unsettled.filter_map(move |seq| Some((seq, attempts.delivery(seq)?)))));
     }
-    let (settled, head) = (inbox.settled(), inbox.head());
-    let seqs = query.only_seqs().into_iter().filter(|seq| *seq <= head && !settled.holds(*seq));
-    Ok(seqs.filter_map(|seq| Some((seq, attempts.newest(seq)?))).take(MAX_PAGE_MESSAGES + 1).collect())
+    let seqs = query.only_seqs().into_iter().filter(move |seq| *seq <= head && !settled.holds(*seq));
+    Ok(Box::new(seqs.filter_map(move |seq| Some((seq, attempts.newest(seq)?)))))
+}
+
+/// A page that is being filled.
+struct Filling {
+    messages: Vec<InboxMessage>,
+    bytes: usize,
+    /// Most messages, and most bytes beside [`MAX_PAGE_BYTES`].
+    limit: usize,
+    left: usize,
+    now_us: u64,
+    /// The last seq that it holds or passes by.
+    passed: u64,
+}
+
+impl Filling {
+    /// Takes the next message, or passes it by when it has expired; `false` when the page ends before it.
+    fn put(&mut self, found: &MessageDoc, delivery: u32) -> Result<bool, StoreError> {
+        let header = found.header()?;
+        if has_expired(header.expires_us, self.now_us) {
+            self.passed = found.seq();
+            return Ok(true);
+        }
+        if self.messages.len() >= self.limit {
+            return Ok(false);
+        }
+        let message = InboxMessage { delivery, ..found.message(header)? };
+        let size = prost::Message::encoded_len(&message);
+        if (self.bytes > 0 && self.bytes + size > MAX_PAGE_BYTES) || size > self.left {
+            return Ok(false);
+        }
+        (self.bytes, self.left, self.passed) = (self.bytes + size, self.left - size, message.seq);
+        self.messages.push(message);
+        Ok(true)
+    }
 }
 
 /// The page; `None` when a body is not where the inbox says.
@@ -116,46 +157,52 @@ async fn try_page(
 ) -> Result<Option<Page>, StoreError> {
     let (mark, head) = (inbox.mark.cast_unsigned(), inbox.head());
     let after = query.after.unwrap_or(mark);
-    let mut page =
-        Page { epoch: inbox.epoch.cast_unsigned(), mark, head, covers: head, messages: Vec::new() };
-    let some = !query.only.is_empty();
-    let limit = if some { MAX_PAGE_MESSAGES } else { query.limit.min(MAX_PAGE_MESSAGES) };
-    // One more than the page takes tells whether it is the last.
-    let wanted = wanted(inbox, query)?;
+    let limit = if query.only.is_empty() { query.limit } else { MAX_PAGE_MESSAGES }.min(MAX_PAGE_MESSAGES);
+    let now_us = database.clock.now_us();
+    let messages = Vec::new();
+    let mut page = Filling { messages, bytes: 0, limit, left: *budget, now_us, passed: after };
     let inside: BTreeMap<u64, &MessageDoc> =
         inbox.messages.iter().map(|message| (message.seq(), message)).collect();
-    let expected = wanted[..wanted.len().min(limit)].iter().map(|(seq, _)| *seq);
-    let missing: Vec<u64> = expected.filter(|seq| !inside.contains_key(seq)).collect();
-    let (beside, complete) = match (missing.first(), missing.last()) {
-        (Some(first), Some(last)) => beside(database, &query.user, *first, *last).await?,
-        _ => (BTreeMap::new(), true),
-    };
-    let (mut bytes, mut budget_left) = (0, *budget);
-    for (seq, delivery) in &wanted {
-        let found = inside.get(seq).copied().or_else(|| beside.get(seq));
-        let message = match found {
-            _ if page.messages.len() >= limit => None,
-            Some(found) => Some(InboxMessage { delivery: *delivery, ..found.message()? }),
-            // Beyond what was read at once; the next page begins there.
-            None if !complete && !page.messages.is_empty() => None,
-            None => return Ok(None),
-        };
-        let size = message.as_ref().map_or(0, prost::Message::encoded_len);
-        let fits = (bytes == 0 || bytes + size <= MAX_PAGE_BYTES) && size <= budget_left;
-        let Some(message) = message.filter(|_| fits) else {
-            page.covers = page.messages.last().map_or(after, |last: &InboxMessage| last.seq);
+    let mut wanted = wanted(inbox, query)?;
+    let mut ended = false;
+    for look in 1.. {
+        // One more than the page takes tells whether it is the last.
+        let count = limit - page.messages.len() + 1;
+        let some: Vec<(u64, u32)> = wanted.by_ref().take(count).collect();
+        let last = some.len() < count;
+        if limit == 0 {
+            ended = !last;
             break;
+        }
+        let mut missing = some.iter().map(|(seq, _)| *seq).filter(|seq| !inside.contains_key(seq));
+        let (beside, complete) = match (missing.next(), missing.next_back()) {
+            (Some(first), last) => beside(database, &query.user, first, last.unwrap_or(first)).await?,
+            _ => (BTreeMap::new(), true),
         };
-        (bytes, budget_left) = (bytes + size, budget_left - size);
-        page.messages.push(message);
+        for (seq, delivery) in some {
+            ended = match inside.get(&seq).copied().or_else(|| beside.get(&seq)) {
+                Some(found) => !page.put(found, delivery)?,
+                // Beyond what was read at once; the next page begins there.
+                None if !complete && page.passed > after => true,
+                None if page.messages.len() == limit => true,
+                None => return Ok(None),
+            };
+            if ended {
+                break;
+            }
+        }
+        ended |= look == MAX_LOOKS && !last;
+        if ended || last {
+            break;
+        }
     }
-    *budget = budget_left;
-    Ok(Some(page))
+    *budget = page.left;
+    let covers = if ended { page.messages.last().map_or(page.passed, |last| last.seq) } else { head };
+    Ok(Some(Page { epoch: inbox.epoch.cast_unsigned(), mark, head, covers, messages: page.messages }))
 }
 
-/// The unsettled seqs above `after`, ascending.
-pub(super) fn unsettled(inbox: &InboxDoc, after: u64) -> impl Iterator<Item = u64> + use<> {
-    let (settled, head) = (inbox.settled(), inbox.head());
+/// The unsettled seqs up to `head` above `after`, ascending.
+pub(super) fn unsettled(settled: Settled, head: u64, after: u64) -> impl Iterator<Item = u64> + use<> {
     let mut next = after.max(settled.mark()).saturating_add(1);
     let mut ranges = settled.ranges().to_vec().into_iter().peekable();
     std::iter::from_fn(move || {
@@ -202,7 +249,7 @@ pub(super) async fn lookup(
         let projection = doc! { "messages.p": 0, "keys": 0, "writers": 0 };
         let mut found: Vec<InboxDoc> =
             database.find_inboxes(StoreOperation::Read, &users, projection).await?;
-        let Some(inbox) = found.pop() else { return Ok(None) };
+        let inbox = found.pop().unwrap_or_default();
         if let Some(receipt) = look_inside(&inbox, message_id)? {
             return Ok(current(database, receipt));
         }
@@ -211,6 +258,9 @@ pub(super) async fn lookup(
             database.find_beside(StoreOperation::Read, filter, FindOptions::default()).await?;
         if let Some(receipt) = look_beside(&inbox, &found, message_id)? {
             return Ok(current(database, receipt));
+        }
+        if let Some(receipt) = scheduled::receipt(database, user, message_id).await? {
+            return Ok(Some(receipt));
         }
         // It may have been settled or moved between the two reads; only then is a third of use.
         let now = (inbox.settles, inbox.spilled, inbox.receipts.len(), inbox.seq);
@@ -253,9 +303,7 @@ fn look_beside(
     let mut messages = found.iter().flat_map(|beside| &beside.messages);
     let message = messages.find(|message| message.i == wanted);
     // A body that stays until the mark has passed it says nothing.
-    let open = |message: &&MessageDoc| {
-        unsettled(inbox, message.seq().saturating_sub(1)).next() == Some(message.seq())
-    };
+    let open = |message: &&MessageDoc| message.seq() <= inbox.head() && !inbox.settled().holds(message.seq());
     message.filter(open).map(accepted).transpose()
 }
 
@@ -265,9 +313,10 @@ pub(super) async fn stats(database: &Database) -> Result<Stats, StoreError> {
         ["$acked", "$expired", "$superseded", "$dead"].map(|name| doc! { "$ifNull": [name, 0_i64] });
     let terminal = doc! { "$add": counters.to_vec() };
     let armed = doc! { "$cond": [{ "$gt": ["$due", 0_i64] }, 1_i64, 0_i64] };
+    let begun = doc! { "$cond": [{ "$gt": ["$seq", 0_i64] }, 1_i64, 0_i64] };
     let pipeline = [doc! { "$group": {
         "_id": null,
-        "inboxes": { "$sum": 1_i64 },
+        "inboxes": { "$sum": begun },
         "unsettled": { "$sum": { "$subtract": ["$seq", terminal] } },
         "armed": { "$sum": armed },
     } }];
@@ -279,14 +328,18 @@ pub(super) async fn stats(database: &Database) -> Result<Stats, StoreError> {
         let number = found.and_then(|value| value.as_i64().or_else(|| value.as_i32().map(i64::from)));
         number.unwrap_or_default().max(0).cast_unsigned()
     };
-    let dead = database.dead.clone();
-    let counting = async move { dead.estimated_document_count().max_time(COUNT).await };
-    let dead_letters = database.call_within(COUNT, StoreOperation::Stats, counting).await?;
+    let documents = async |collection: &Collection<Document>| {
+        let collection = collection.clone();
+        let counting = async move { collection.estimated_document_count().max_time(COUNT).await };
+        database.call_within(COUNT, StoreOperation::Stats, counting).await
+    };
+    let (dead_letters, scheduled) = (documents(&database.dead).await?, documents(&database.scheduled).await?);
     Ok(Stats {
         inboxes: number("inboxes"),
         unsettled: number("unsettled"),
         armed: number("armed"),
         dead_letters,
+        scheduled,
     })
 }
 
@@ -296,8 +349,8 @@ mod tests {
 
     #[test]
     fn unsettled_seqs_skip_what_is_settled() {
-        let inbox = InboxDoc { seq: 12, mark: 2, settled: vec![4, 5, 8, 8, 12, 12], ..InboxDoc::default() };
-        let seqs = |after| unsettled(&inbox, after).collect::<Vec<u64>>();
+        let settled = Settled::new(2, vec![(4, 5), (8, 8), (12, 12)]);
+        let seqs = |after| unsettled(settled.clone(), 12, after).collect::<Vec<u64>>();
         assert_eq!(seqs(0), [3, 6, 7, 9, 10, 11]);
         assert_eq!(seqs(4), [6, 7, 9, 10, 11]);
         assert_eq!(seqs(8), [9, 10, 11]);

@@ -23,8 +23,11 @@ use crate::{
     },
 };
 
+mod ending;
 mod failing;
 mod faults;
+mod random;
+mod scheduled;
 mod shapes;
 
 /// The clocks of tests begin in the year 2100: the server, which has the real time, must not find anything past
@@ -37,6 +40,9 @@ struct Case {
     clock: Arc<ManualClock>,
     tuning: Tuning,
     max_unsettled: u64,
+    max_unsettled_bytes: u64,
+    overflow: store::Overflow,
+    keep_expired: bool,
     metrics: Metrics,
     on_commit: Arc<dyn CommitSink>,
 }
@@ -59,6 +65,9 @@ impl Case {
             clock,
             tuning,
             max_unsettled: MAX_UNSETTLED,
+            max_unsettled_bytes: u64::MAX,
+            overflow: store::Overflow::Reject,
+            keep_expired: false,
             metrics: metrics::for_tests(),
             on_commit: Arc::new(()),
         }
@@ -77,6 +86,9 @@ impl Case {
     fn options(&self) -> StoreOptions {
         StoreOptions {
             max_unsettled: self.max_unsettled,
+            max_unsettled_bytes: self.max_unsettled_bytes,
+            overflow: self.overflow,
+            keep_expired: self.keep_expired,
             max_attempts: MAX_ATTEMPTS,
             clock: self.clock.clone(),
             random: random(),
@@ -106,6 +118,12 @@ impl Harness for Case {
 
     fn clock(&self) -> &Arc<ManualClock> {
         &self.clock
+    }
+
+    fn set(&mut self, limits: suite::Limits) {
+        let suite::Limits { max_unsettled, max_unsettled_bytes, overflow, keep_expired, on_commit } = limits;
+        (self.max_unsettled, self.max_unsettled_bytes) = (max_unsettled, max_unsettled_bytes);
+        (self.overflow, self.keep_expired, self.on_commit) = (overflow, keep_expired, on_commit);
     }
 
     async fn reopen(&mut self) -> Arc<dyn InboxStore> {

@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 
 use mongodb::{
-    bson::{Bson, Document, doc},
+    bson::{Bson, Document, Uuid as BsonUuid, doc},
     options::{DeleteManyModel, WriteModel},
 };
 use uuid::Uuid;
@@ -37,8 +37,8 @@ pub(super) struct Tidied {
     /// Bodies up to this seq.
     spilled: u64,
     receipts: usize,
-    /// Dedupe keys, by the seq of their message: a key that was used again meanwhile stays.
-    keys: Vec<i64>,
+    /// Dedupe keys, by the id of their message: a key that was used again meanwhile stays.
+    keys: Vec<BsonUuid>,
     /// Up to which seq garbage was removed.
     removed: u64,
 }
@@ -48,7 +48,7 @@ impl Tidied {
     pub(super) fn apply(&self, inbox: &mut Inbox) {
         inbox.open.retain(|open| open.seq > self.spilled);
         inbox.receipts = inbox.receipts.saturating_sub(self.receipts);
-        inbox.keys.retain(|key| !self.keys.contains(&key.n));
+        inbox.keys.retain(|key| !self.keys.contains(&key.i));
         if inbox.spilled <= self.removed {
             inbox.spilled = 0;
         }
@@ -123,9 +123,9 @@ fn plan(database: &Database, bounds: Bounds, inbox: InboxDoc) -> Result<Move, St
         for key in last.values() {
             m.beside.push(key_beside(database, &user, key)?);
         }
-        let seqs: Vec<i64> = inbox.keys.iter().map(|key| key.n).collect();
-        pull.insert("keys", doc! { "n": { "$in": &seqs } });
-        m.tidied.keys = seqs;
+        let ids: Vec<BsonUuid> = inbox.keys.iter().map(|key| key.i).collect();
+        pull.insert("keys", doc! { "i": { "$in": &ids } });
+        m.tidied.keys = ids;
     }
     if !pull.is_empty() {
         update.insert("$pull", pull);
@@ -181,7 +181,7 @@ fn spill(
 }
 
 fn bodies(database: &Database, user: &str, messages: Vec<MessageDoc>) -> Result<WriteModel, StoreError> {
-    let document = document(&BodiesDoc::new(user, messages))?;
+    let document = document(&BodiesDoc::new(user, messages)?)?;
     Ok(database.insert(document))
 }
 
@@ -210,6 +210,6 @@ fn receipts_document(user: &str, receipts: &[ReceiptDoc]) -> Result<Document, St
 fn key_beside(database: &Database, user: &str, key: &KeyDoc) -> Result<WriteModel, StoreError> {
     let mut set = document(key)?;
     set.insert("x", date(key.t.cast_unsigned() + DEDUPE_WINDOW.as_micros() as u64));
-    let filter = doc! { "_id": key_id(user, &key.k.bytes), "u": user, "n": { "$lt": key.n } };
+    let filter = doc! { "_id": key_id(user, &key.k.bytes), "u": user, "t": { "$lt": key.t } };
     Ok(database.update_beside(filter, doc! { "$set": set }))
 }

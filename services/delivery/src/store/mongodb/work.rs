@@ -9,6 +9,7 @@ use tokio::{
     time::Instant,
 };
 
+use super::DEADLINE;
 use crate::store::{
     Acked, AppendError, Appended, MAX_REPORTED, NewMessage, Settle, SettledMessage, StoreError, Verdict,
 };
@@ -56,11 +57,18 @@ pub(super) struct Append {
     pub(super) message: NewMessage,
     /// Digest of its dedupe key and of its payload; `None` without a key.
     pub(super) key: Option<(Vec<u8>, Vec<u8>)>,
+    /// Digest of its collapse key; `None` without one.
+    pub(super) collapse: Option<Vec<u8>>,
     pub(super) call: Arc<Call<Result<Appended, AppendError>>>,
     pub(super) part: usize,
 }
 
 impl Append {
+    /// Length of its payload.
+    pub(super) fn bytes(&self) -> u64 {
+        prost::Message::encoded_len(&*self.message.payload) as u64
+    }
+
     pub(super) fn answer(self, result: Result<Appended, AppendError>) {
         self.call.answer(self.part, result);
     }
@@ -74,10 +82,25 @@ pub(super) struct Ack {
     pub(super) done: Vec<SettledMessage>,
     /// What follows from the failures that were taken.
     failed: Vec<(u64, Verdict)>,
+    /// How many messages could not be noted.
+    refused: usize,
     /// Whether it is there to have dying messages settled, of which little may be known yet.
     finishes: bool,
+    /// What it has settled as expired; `None` also when that is done.
+    pub(super) expiring: Option<Expiring>,
     pub(super) call: Arc<Call<Result<Acked, StoreError>>>,
     pub(super) part: usize,
+}
+
+/// What is to be settled as expired in one inbox.
+#[derive(Debug)]
+pub(super) struct Expiring {
+    /// Unix time in microseconds.
+    pub(super) now_us: u64,
+    /// Most messages; at most [`MAX_REPORTED`].
+    pub(super) limit: usize,
+    /// Messages beside the inbox that have expired, as (when, seq); those in it are found there.
+    pub(super) beside: Vec<(u64, u64)>,
 }
 
 impl Ack {
@@ -86,7 +109,8 @@ impl Ack {
             settle.ranges.iter().map(|&SeqRange { from, to }| (from, to)).collect();
         // In ascending order, what moves the mark comes before what needs a range of its own.
         ranges.sort_unstable();
-        Self { settle, ranges, done: Vec::new(), failed: Vec::new(), finishes: false, call, part }
+        let (done, failed) = (Vec::new(), Vec::new());
+        Self { settle, ranges, done, failed, refused: 0, finishes: false, expiring: None, call, part }
     }
 
     /// Nobody's ack: has the dying messages of an inbox settled, which happens with any.
@@ -96,16 +120,32 @@ impl Ack {
         Self { finishes: true, ..Self::new(settle, call, 0) }
     }
 
+    /// Nobody's ack: settles messages whose time has passed.
+    pub(super) fn expiring(
+        user: String,
+        expiring: Expiring,
+        call: Arc<Call<Result<Acked, StoreError>>>,
+        part: usize,
+    ) -> Self {
+        let settle = Settle { user, ..Settle::default() };
+        Self { expiring: Some(expiring), ..Self::new(settle, call, part) }
+    }
+
     /// Whether it must be planned by what the database says now.
     pub(super) fn needs_fresh(&self) -> bool {
-        self.finishes || !self.settle.failed.is_empty() || !self.settle.rewritten.is_empty()
+        self.finishes
+            || self.expiring.is_some()
+            || !self.settle.failed.is_empty()
+            || !self.settle.rewritten.is_empty()
     }
 
     /// Notes that its failures were looked at, and what follows from those that were taken.
-    pub(super) fn noted(&mut self, failed: Vec<(u64, Verdict)>) {
+    pub(super) fn noted(&mut self, failed: Vec<(u64, Verdict)>, refused: usize) {
         self.failed.extend(failed);
+        self.refused += refused;
         self.settle.failed.clear();
         self.settle.rewritten.clear();
+        self.expiring = None;
     }
 
     /// Notes what was settled for it.
@@ -115,8 +155,8 @@ impl Ack {
     }
 
     pub(super) fn answer(self, result: Result<(u64, usize), StoreError>) {
-        let acked =
-            result.map(|(mark, refused)| Acked { mark, messages: self.done, refused, failed: self.failed });
+        let Self { done: messages, failed, refused: before, .. } = self;
+        let acked = result.map(|(mark, refused)| Acked { mark, messages, refused: refused + before, failed });
         self.call.answer(self.part, acked);
     }
 }
@@ -145,4 +185,15 @@ pub(super) struct Queued {
     pub(super) work: Work,
     /// When it is answered that it could not be done.
     pub(super) deadline: Instant,
+}
+
+impl Queued {
+    pub(super) fn new(user: String, work: Work) -> Self {
+        Self { user, work, deadline: Instant::now() + DEADLINE }
+    }
+
+    /// Has the dying messages of an inbox settled: what a lane asks of itself, which needs no place in the queue.
+    pub(super) fn finishing(user: &str, epoch: u64) -> Self {
+        Self::new(user.to_owned(), Work::Ack(Ack::finishing(user.to_owned(), epoch, Vec::new())))
+    }
 }

@@ -9,9 +9,12 @@ use super::{
     tables::{self, DeadRecord},
     transaction::{Ended, Tables},
 };
-use crate::store::{
-    Attempts, DeadFilter, DeadLetter, DeadPage, DeadPosition, DeadReason, Settle, Verdict,
-    attempts::{decode_failures, encode_failures},
+use crate::{
+    message::State,
+    store::{
+        Attempts, DeadFilter, DeadLetter, DeadPage, DeadPosition, DeadReason, Settle, Verdict,
+        attempts::{decode_failures, encode_failures},
+    },
 };
 
 /// A message's dead letter and its place in the lists are found by its user and id.
@@ -57,13 +60,13 @@ impl Tables<'_> {
         if dying.is_empty() {
             return Ok(());
         }
-        let mut ended = Ended::new(attempts);
+        let mut ended = Ended::new(State::Dead, attempts);
         for seq in dying {
             self.remove_bodies(user, seq, seq, &mut ended)?;
         }
         let inbox = self.inbox(user)?;
         inbox.record.set_settled(&settled);
-        inbox.record.dead += ended.dead;
+        ended.note(&mut inbox.record);
         inbox.record.set_attempts(&ended.attempts);
         inbox.changed = true;
         self.must_sync = true;

@@ -4,8 +4,10 @@
 //! of it is answered. Readers see the last commit and run on the blocking pool, a few at a time.
 
 mod dead;
+mod ending;
 mod file;
 mod reader;
+mod scheduled;
 mod tables;
 #[cfg(test)]
 mod tests;
@@ -32,7 +34,8 @@ use writer::{Operation, Queued, Writer};
 
 use super::{
     Acked, AppendError, Appended, AuditPage, DeadFilter, DeadLetter, DeadPage, DeadPosition, DueInbox,
-    InboxQuery, InboxStore, NewMessage, Page, Rearm, Receipt, Settle, Stats, StoreError, StoreOptions,
+    Expired, InboxQuery, InboxStore, NewMessage, Page, Rearm, Receipt, Scheduled, ScheduledAt, Settle, Stats,
+    StoreError, StoreOptions,
 };
 
 /// Most operations that wait for the writer.
@@ -77,7 +80,8 @@ impl RedbStore {
             file: file.clone(),
             operations,
             store_id,
-            max_unsettled: options.max_unsettled,
+            quotas: ending::Quotas::new(&options),
+            keep_expired: options.keep_expired,
             max_attempts: options.max_attempts,
             random: options.random,
             clock: options.clock.clone(),
@@ -129,6 +133,46 @@ impl RedbStore {
         .boxed()
     }
 
+    /// As [`RedbStore::ask`], once a look that takes no write transaction says that there is anything to do; else the
+    /// answer is that of nothing.
+    fn ask_when<T: Default + Send + 'static>(
+        &self,
+        anything: BoxFuture<'static, Result<bool, StoreError>>,
+        operation: impl FnOnce(oneshot::Sender<Result<T, StoreError>>) -> Operation + Send + 'static,
+    ) -> BoxFuture<'static, Result<T, StoreError>> {
+        let (answer, answered) = oneshot::channel();
+        // Weak, because the writer ends when the last sender is gone.
+        let operations = self.operations.as_ref().map_or_else(Weak::new, Arc::downgrade);
+        async move {
+            if !anything.await? {
+                return Ok(T::default());
+            }
+            let queued = Queued { operation: operation(answer), bytes: 0, _permit: None };
+            operations.upgrade().ok_or_else(gone)?.try_send(queued).map_err(|_| StoreError::Busy)?;
+            answered.await.map_err(|_| gone())?
+        }
+        .boxed()
+    }
+
+    /// Submits messages and waits for a result for each.
+    fn store<T: Send + 'static>(
+        &self,
+        count: usize,
+        bytes: usize,
+        operation: impl FnOnce(oneshot::Sender<Vec<Result<T, AppendError>>>) -> Operation,
+    ) -> BoxFuture<'static, Vec<Result<T, AppendError>>> {
+        let (answer, answered) = oneshot::channel();
+        let submitted = self.submit(operation(answer), bytes);
+        async move {
+            let results = match submitted {
+                Ok(()) => answered.await.map_err(|_| gone()),
+                Err(error) => Err(error),
+            };
+            results.unwrap_or_else(|error| (0..count).map(|_| Err(error.clone().into())).collect())
+        }
+        .boxed()
+    }
+
     /// Runs a read on the blocking pool.
     fn run<T: Send + 'static>(
         &self,
@@ -176,21 +220,13 @@ impl InboxStore for RedbStore {
     fn append(&self, messages: Vec<NewMessage>) -> BoxFuture<'static, Vec<Result<Appended, AppendError>>> {
         let count = messages.len();
         let bytes = messages.iter().map(|message| prost::Message::encoded_len(&*message.payload)).sum();
-        let (answer, answered) = oneshot::channel();
-        let submitted = self.submit(Operation::Append { messages, answer }, bytes);
-        async move {
-            let results = match submitted {
-                Ok(()) => answered.await.map_err(|_| gone()),
-                Err(error) => Err(error),
-            };
-            results.unwrap_or_else(|error| (0..count).map(|_| Err(error.clone().into())).collect())
-        }
-        .boxed()
+        self.store(count, bytes, |answer| Operation::Append { messages, answer })
     }
 
     fn read(&self, queries: Vec<InboxQuery>) -> BoxFuture<'static, Vec<Result<Page, StoreError>>> {
         let (count, store_id) = (queries.len(), self.store_id);
-        let pages = self.run(move |database| reader::read(database, store_id, &queries));
+        let now_us = self.clock.now_us();
+        let pages = self.run(move |database| reader::read(database, store_id, now_us, &queries));
         pages
             .map(move |pages| match pages {
                 Ok(pages) => pages.into_iter().map(Ok).collect(),
@@ -233,19 +269,7 @@ impl InboxStore for RedbStore {
         limit: usize,
     ) -> BoxFuture<'static, Result<Vec<DueInbox>, StoreError>> {
         let anything = self.run(move |database| reader::anything_due(database, now_us));
-        let (answer, answered) = oneshot::channel();
-        // Weak, because the writer ends when the last sender is gone.
-        let operations = self.operations.as_ref().map_or_else(Weak::new, Arc::downgrade);
-        async move {
-            if !anything.await? {
-                return Ok(Vec::new());
-            }
-            let operation = Operation::Claim { now_us, until_us, limit, answer };
-            let queued = Queued { operation, bytes: 0, _permit: None };
-            operations.upgrade().ok_or_else(gone)?.try_send(queued).map_err(|_| StoreError::Busy)?;
-            answered.await.map_err(|_| gone())?
-        }
-        .boxed()
+        self.ask_when(anything, move |answer| Operation::Claim { now_us, until_us, limit, answer })
     }
 
     fn rearm(&self, rearms: Vec<Rearm>) -> BoxFuture<'static, Result<(), StoreError>> {
@@ -280,6 +304,35 @@ impl InboxStore for RedbStore {
 
     fn purge(&self, letters: Vec<(String, Uuid)>) -> BoxFuture<'static, Result<u64, StoreError>> {
         self.ask(|answer| Operation::Purge { letters, answer })
+    }
+
+    fn expire(&self, now_us: u64, limit: usize) -> BoxFuture<'static, Result<Expired, StoreError>> {
+        let anything = self.run(move |database| reader::anything_expired(database, now_us));
+        self.ask_when(anything, move |answer| Operation::Expire { now_us, limit, answer })
+    }
+
+    fn schedule(
+        &self,
+        messages: Vec<Scheduled>,
+    ) -> BoxFuture<'static, Vec<Result<ScheduledAt, AppendError>>> {
+        let count = messages.len();
+        let size = |scheduled: &Scheduled| prost::Message::encoded_len(&*scheduled.message.payload);
+        let bytes = messages.iter().map(size).sum();
+        self.store(count, bytes, |answer| Operation::Schedule { messages, answer })
+    }
+
+    fn claim_scheduled(
+        &self,
+        now_us: u64,
+        until_us: u64,
+        limit: usize,
+    ) -> BoxFuture<'static, Result<Vec<Scheduled>, StoreError>> {
+        let anything = self.run(move |database| reader::anything_scheduled(database, now_us));
+        self.ask_when(anything, move |answer| Operation::ClaimScheduled { now_us, until_us, limit, answer })
+    }
+
+    fn unschedule(&self, messages: Vec<(String, Uuid)>) -> BoxFuture<'static, Result<u64, StoreError>> {
+        self.ask(|answer| Operation::Unschedule { messages, answer })
     }
 
     fn sweep(&self, now_us: u64, limit: usize) -> BoxFuture<'static, Result<usize, StoreError>> {

@@ -6,7 +6,7 @@ use redb::{Database, ReadOnlyTable, ReadableDatabase, ReadableTable, ReadableTab
 use sanjay_proto::client::v1::InboxMessage;
 use uuid::Uuid;
 
-use super::tables::{self, InboxRecord, ReceiptRecord};
+use super::tables::{self, BodyExtra, InboxRecord, ReceiptRecord};
 use crate::{
     message::State,
     store::{
@@ -20,6 +20,7 @@ use crate::{
 pub(super) fn read(
     database: &Database,
     store_id: u64,
+    now_us: u64,
     queries: &[InboxQuery],
 ) -> Result<Vec<Page>, redb::Error> {
     let transaction = database.begin_read()?;
@@ -33,7 +34,7 @@ pub(super) fn read(
                 Some(bytes) => tables::decode("inboxes", bytes.value())?,
                 None => InboxRecord { epoch: epoch(store_id, &query.user), ..InboxRecord::default() },
             };
-            read_page(&bodies, &record, query, &mut budget)
+            read_page(&bodies, &record, query, now_us, &mut budget)
         })
         .collect()
 }
@@ -43,6 +44,8 @@ struct Filling<'a> {
     page: Page,
     limit: usize,
     bytes: usize,
+    /// What has expired by then is left out.
+    now_us: u64,
     /// Bytes that all pages of the call may still take.
     budget: &'a mut usize,
 }
@@ -50,6 +53,9 @@ struct Filling<'a> {
 impl Filling<'_> {
     /// Adds a body; false when the page is full.
     fn add(&mut self, body: &[u8], delivery: u32) -> Result<bool, redb::Error> {
+        if tables::decode::<BodyExtra>("bodies", body)?.has_expired(self.now_us) {
+            return Ok(true);
+        }
         let size = body.len();
         let fits = self.bytes == 0 || self.bytes + size <= MAX_PAGE_BYTES;
         if self.page.messages.len() >= self.limit || !fits || size > *self.budget {
@@ -66,13 +72,14 @@ fn read_page(
     bodies: &ReadOnlyTable<(&'static str, u64), &'static [u8]>,
     record: &InboxRecord,
     query: &InboxQuery,
+    now_us: u64,
     budget: &mut usize,
 ) -> Result<Page, redb::Error> {
     let attempts = record.attempts()?;
     let InboxRecord { epoch, mark, head, .. } = *record;
     let page = Page { epoch, mark, head, ..Page::default() };
     let limit = if query.only.is_empty() { query.limit.min(MAX_PAGE_MESSAGES) } else { MAX_PAGE_MESSAGES };
-    let mut filling = Filling { page, limit, bytes: 0, budget };
+    let mut filling = Filling { page, limit, bytes: 0, now_us, budget };
     let user = query.user.as_str();
     if !query.only.is_empty() {
         for seq in query.only_seqs() {
@@ -121,6 +128,20 @@ pub(super) fn lookup(
 pub(super) fn anything_due(database: &Database, now_us: u64) -> Result<bool, redb::Error> {
     let due = database.begin_read()?.open_table(tables::DUE)?;
     let first = due.first()?;
+    Ok(first.is_some_and(|(key, _)| key.value().0 <= now_us))
+}
+
+/// Whether a message has expired that is not settled.
+pub(super) fn anything_expired(database: &Database, now_us: u64) -> Result<bool, redb::Error> {
+    let expires = database.begin_read()?.open_table(tables::EXPIRES)?;
+    let first = expires.first()?;
+    Ok(first.is_some_and(|(key, _)| key.value().0 <= now_us))
+}
+
+/// Whether the time of a scheduled message has come.
+pub(super) fn anything_scheduled(database: &Database, now_us: u64) -> Result<bool, redb::Error> {
+    let scheduled = database.begin_read()?.open_table(tables::SCHEDULED_AT)?;
+    let first = scheduled.first()?;
     Ok(first.is_some_and(|(key, _)| key.value().0 <= now_us))
 }
 
@@ -189,5 +210,6 @@ pub(super) fn stats(database: &Database) -> Result<Stats, redb::Error> {
         unsettled: transaction.open_table(tables::BODIES)?.len()?,
         armed: transaction.open_table(tables::DUE)?.len()?,
         dead_letters: transaction.open_table(tables::DEAD)?.len()?,
+        scheduled: transaction.open_table(tables::SCHEDULED)?.len()?,
     })
 }

@@ -15,7 +15,7 @@ pub(super) const META: TableDefinition<'static, &str, u64> = TableDefinition::ne
 /// User → [`InboxRecord`].
 pub(super) const INBOXES: TableDefinition<'static, &str, &[u8]> = TableDefinition::new("inboxes");
 
-/// (user, seq) → `sanjay.client.v1.InboxMessage`, unsettled ones alone.
+/// (user, seq) → `sanjay.client.v1.InboxMessage` with a [`BodyExtra`] behind it, unsettled ones alone.
 pub(super) const BODIES: TableDefinition<'static, (&str, u64), &[u8]> = TableDefinition::new("bodies");
 
 /// (user, message id) → [`ReceiptRecord`], from the message's acceptance on.
@@ -48,6 +48,20 @@ pub(super) const DEAD_AT: TableDefinition<'static, (u64, u128, &str), ()> = Tabl
 /// (user, died_us, message id) of every dead letter: the order of a list of one user's.
 pub(super) const DEAD_OF: TableDefinition<'static, (&str, u64, u128), ()> = TableDefinition::new("dead_of");
 
+/// (expires_us, user, seq) of unsettled messages that expire: when they are looked at.
+pub(super) const EXPIRES: TableDefinition<'static, (u64, &str, u64), ()> = TableDefinition::new("expires");
+
+/// (user, caller, collapse key) → seq of the newest unsettled message with that key.
+pub(super) const COLLAPSE: TableDefinition<'static, (&str, &str, &str), u64> =
+    TableDefinition::new("collapse");
+
+/// (user, message id) → [`ScheduledRecord`].
+pub(super) const SCHEDULED: TableDefinition<'static, (&str, u128), &[u8]> = TableDefinition::new("scheduled");
+
+/// (due_us, user, message id) of every scheduled message: its time, or when its claim ends.
+pub(super) const SCHEDULED_AT: TableDefinition<'static, (u64, &str, u128), ()> =
+    TableDefinition::new("scheduled_at");
+
 /// Creates the tables that a file does not have.
 pub(super) fn create(transaction: &WriteTransaction) -> Result<(), redb::Error> {
     transaction.open_table(META)?;
@@ -62,6 +76,10 @@ pub(super) fn create(transaction: &WriteTransaction) -> Result<(), redb::Error> 
     transaction.open_table(DEAD_BODIES)?;
     transaction.open_table(DEAD_AT)?;
     transaction.open_table(DEAD_OF)?;
+    transaction.open_table(EXPIRES)?;
+    transaction.open_table(COLLAPSE)?;
+    transaction.open_table(SCHEDULED)?;
+    transaction.open_table(SCHEDULED_AT)?;
     Ok(())
 }
 
@@ -98,6 +116,53 @@ pub(super) struct InboxRecord {
     /// [`Attempts::encode`].
     #[prost(bytes = "vec", tag = "13")]
     pub(super) attempts: Vec<u8>,
+    /// Of the encoded payloads of unsettled messages.
+    #[prost(uint64, tag = "14")]
+    pub(super) bytes: u64,
+    /// How many collapse keys have an unsettled message.
+    #[prost(uint64, tag = "15")]
+    pub(super) collapsing: u64,
+}
+
+/// What of a message concerns the store alone. Its bytes stand behind those of the `InboxMessage`, whose reader skips
+/// them.
+#[derive(Clone, PartialEq, prost::Message)]
+pub(super) struct BodyExtra {
+    /// Unix time in microseconds; 0 for never.
+    #[prost(uint64, tag = "1001")]
+    pub(super) expires_us: u64,
+    #[prost(string, tag = "1002")]
+    pub(super) collapse_key: String,
+}
+
+impl BodyExtra {
+    /// Whether it has expired.
+    pub(super) fn has_expired(&self, now_us: u64) -> bool {
+        self.expires_us != 0 && self.expires_us <= now_us
+    }
+}
+
+/// A message that waits for its time.
+#[derive(Clone, PartialEq, prost::Message)]
+pub(super) struct ScheduledRecord {
+    #[prost(uint64, tag = "1")]
+    pub(super) deliver_us: u64,
+    /// `deliver_us`, or when its claim ends.
+    #[prost(uint64, tag = "2")]
+    pub(super) due_us: u64,
+    #[prost(string, tag = "3")]
+    pub(super) caller: String,
+    /// Encoded `sanjay.client.v1.Payload`.
+    #[prost(bytes = "vec", tag = "4")]
+    pub(super) payload: Vec<u8>,
+    #[prost(uint64, tag = "5")]
+    pub(super) time_us: u64,
+    #[prost(string, tag = "6")]
+    pub(super) trace: String,
+    #[prost(uint64, tag = "7")]
+    pub(super) expires_us: u64,
+    #[prost(string, tag = "8")]
+    pub(super) collapse_key: String,
 }
 
 impl InboxRecord {

@@ -19,7 +19,7 @@ use crate::{
     store::{
         FailureKind,
         suite::{
-            self, Harness, MAX_UNSETTLED,
+            self, Harness, Limits,
             failing::{self, MAX_ATTEMPTS, random},
             message, operations, query, read_all, settle,
         },
@@ -29,6 +29,7 @@ use crate::{
 struct Redb {
     directory: TempDir,
     clock: Arc<ManualClock>,
+    limits: Limits,
 }
 
 impl Redb {
@@ -37,6 +38,7 @@ impl Redb {
         Self {
             directory: tempfile::tempdir().unwrap(),
             clock: Arc::new(ManualClock::new(1_700_000_000_000_000)),
+            limits: Limits::default(),
         }
     }
 
@@ -49,13 +51,18 @@ impl Redb {
     }
 
     fn options(&self) -> StoreOptions {
+        let Limits { max_unsettled, max_unsettled_bytes, overflow, keep_expired, on_commit } =
+            self.limits.clone();
         StoreOptions {
-            max_unsettled: MAX_UNSETTLED,
+            max_unsettled,
+            max_unsettled_bytes,
+            overflow,
+            keep_expired,
             max_attempts: MAX_ATTEMPTS,
             clock: self.clock.clone(),
             random: random(),
             metrics: metrics::for_tests(),
-            on_commit: Arc::new(()),
+            on_commit,
         }
     }
 }
@@ -63,6 +70,10 @@ impl Redb {
 impl Harness for Redb {
     fn clock(&self) -> &Arc<ManualClock> {
         &self.clock
+    }
+
+    fn set(&mut self, limits: Limits) {
+        self.limits = limits;
     }
 
     async fn reopen(&mut self) -> Arc<dyn InboxStore> {
@@ -174,7 +185,7 @@ async fn an_unclean_copy_has_everything_that_was_answered() {
         let failed = vec![failing::failure(seq, 1, kind, &redb.clock)];
         store.ack(vec![Settle { failed, ..settle("bob", epoch, &[], 0) }]).await.remove(0).unwrap();
     }
-    let copy = Redb { directory: tempfile::tempdir().unwrap(), clock: redb.clock.clone() };
+    let copy = Redb { directory: tempfile::tempdir().unwrap(), clock: redb.clock.clone(), ..Redb::new() };
     std::fs::copy(redb.path(), copy.path()).unwrap();
     let copied = copy.open().await.unwrap();
     assert_eq!(read_all(&copied, "bob").await, read_all(&store, "bob").await);
@@ -190,6 +201,9 @@ async fn child_that_sends() {
     let Ok(path) = std::env::var("SANJAY_TEST_STORE") else { return };
     let options = StoreOptions {
         max_unsettled: 1_000_000,
+        max_unsettled_bytes: u64::MAX,
+        overflow: crate::store::Overflow::Reject,
+        keep_expired: false,
         max_attempts: MAX_ATTEMPTS,
         clock: Arc::new(SystemClock),
         random: Arc::new(OsRandom),

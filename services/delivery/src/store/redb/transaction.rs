@@ -8,7 +8,10 @@ use redb::{ReadableTable, Table, WriteTransaction};
 use sanjay_proto::client::v1::InboxMessage;
 use sanjay_runtime::random::SharedRandom;
 
-use super::tables::{self, DedupeRecord, InboxRecord, ReceiptRecord};
+use super::{
+    ending::Quotas,
+    tables::{self, BodyExtra, DedupeRecord, InboxRecord, ReceiptRecord},
+};
 use crate::{
     message::State,
     store::{
@@ -28,7 +31,8 @@ pub(super) struct Cached {
 /// What a transaction goes by.
 pub(super) struct Rules {
     pub(super) store_id: u64,
-    pub(super) max_unsettled: u64,
+    pub(super) quotas: Quotas,
+    pub(super) keep_expired: bool,
     pub(super) max_attempts: u32,
     pub(super) now_us: u64,
     pub(super) random: SharedRandom,
@@ -36,9 +40,14 @@ pub(super) struct Rules {
 
 /// What becomes of messages that are settled.
 pub(super) struct Ended<'a> {
-    /// How many were acked, and how many are dead.
-    pub(super) acked: u64,
+    /// As what they are settled, those that are dying apart.
+    how: State,
+    /// How many there are of these, and how many are dead.
+    pub(super) count: u64,
     pub(super) dead: u64,
+    /// Bytes of their payloads, and how many collapse keys have no message any more.
+    bytes: u64,
+    keys: u64,
     /// Of the inbox; what is settled leaves it.
     pub(super) attempts: Attempts,
     /// Where those that were acked are named.
@@ -46,16 +55,29 @@ pub(super) struct Ended<'a> {
 }
 
 impl Ended<'_> {
-    pub(super) fn new(attempts: Attempts) -> Self {
-        Self { acked: 0, dead: 0, attempts, report: None }
+    pub(super) fn new(how: State, attempts: Attempts) -> Self {
+        Self { how, count: 0, dead: 0, bytes: 0, keys: 0, attempts, report: None }
+    }
+
+    /// Notes in an inbox's record what was settled in it.
+    pub(super) fn note(&self, record: &mut InboxRecord) {
+        match self.how {
+            State::Expired => record.expired += self.count,
+            State::Superseded => record.superseded += self.count,
+            State::Acked | State::Scheduled | State::Accepted | State::Dead => record.acked += self.count,
+        }
+        record.dead += self.dead;
+        // A file of before knows of neither.
+        record.bytes = record.bytes.saturating_sub(self.bytes);
+        record.collapsing = record.collapsing.saturating_sub(self.keys);
     }
 }
 
 /// The tables of one write transaction.
 pub(super) struct Tables<'txn> {
     inboxes: Table<'txn, &'static str, &'static [u8]>,
-    bodies: Table<'txn, (&'static str, u64), &'static [u8]>,
-    receipts: Table<'txn, (&'static str, u128), &'static [u8]>,
+    pub(super) bodies: Table<'txn, (&'static str, u64), &'static [u8]>,
+    pub(super) receipts: Table<'txn, (&'static str, u128), &'static [u8]>,
     settled_at: Table<'txn, (u64, &'static str, u128), ()>,
     dedupe: Table<'txn, (&'static str, &'static str, &'static str), &'static [u8]>,
     deduped_at: Table<'txn, (u64, &'static str, &'static str, &'static str), ()>,
@@ -64,11 +86,20 @@ pub(super) struct Tables<'txn> {
     pub(super) dead_bodies: Table<'txn, (&'static str, u128), &'static [u8]>,
     pub(super) dead_at: Table<'txn, (u64, u128, &'static str), ()>,
     pub(super) dead_of: Table<'txn, (&'static str, u64, u128), ()>,
+    pub(super) expires: Table<'txn, (u64, &'static str, u64), ()>,
+    pub(super) collapse: Table<'txn, (&'static str, &'static str, &'static str), u64>,
+    pub(super) scheduled: Table<'txn, (&'static str, u128), &'static [u8]>,
+    pub(super) scheduled_at: Table<'txn, (u64, &'static str, u128), ()>,
     cache: HashMap<String, Cached>,
     pub(super) rules: Rules,
     /// Whether something was done that must be durable before it is answered.
     pub(super) must_sync: bool,
+    /// What was settled as expired or superseded, for the sink.
+    ended: Vec<EndedMessage>,
 }
+
+/// A message that was settled without anybody asking: whose it was, and as what.
+pub(super) type EndedMessage = (String, SettledMessage, State);
 
 impl<'txn> Tables<'txn> {
     /// Opens the tables.
@@ -85,14 +116,19 @@ impl<'txn> Tables<'txn> {
             dead_bodies: txn.open_table(tables::DEAD_BODIES)?,
             dead_at: txn.open_table(tables::DEAD_AT)?,
             dead_of: txn.open_table(tables::DEAD_OF)?,
+            expires: txn.open_table(tables::EXPIRES)?,
+            collapse: txn.open_table(tables::COLLAPSE)?,
+            scheduled: txn.open_table(tables::SCHEDULED)?,
+            scheduled_at: txn.open_table(tables::SCHEDULED_AT)?,
             cache: HashMap::new(),
             rules,
             must_sync: false,
+            ended: Vec::new(),
         })
     }
 
-    /// Writes the changed inboxes.
-    pub(super) fn finish(mut self) -> Result<bool, redb::Error> {
+    /// Writes the changed inboxes. Returns whether the transaction must be durable, and what ended by itself.
+    pub(super) fn finish(mut self) -> Result<(bool, Vec<EndedMessage>), redb::Error> {
         for (user, inbox) in self.cache.drain().filter(|(_, inbox)| inbox.changed) {
             self.inboxes.insert(user.as_str(), inbox.record.encode_to_vec().as_slice())?;
             if inbox.due_us != inbox.record.due_us {
@@ -104,7 +140,7 @@ impl<'txn> Tables<'txn> {
                 }
             }
         }
-        Ok(self.must_sync)
+        Ok((self.must_sync, self.ended))
     }
 
     pub(super) fn inbox(&mut self, user: &str) -> Result<&mut Cached, redb::Error> {
@@ -131,37 +167,49 @@ impl<'txn> Tables<'txn> {
         {
             return Ok(first);
         }
-        let (max_unsettled, due_us) =
-            (self.rules.max_unsettled, self.rules.now_us + FIRST_DUE.as_micros() as u64);
-        let inbox = self.inbox(&message.user)?;
-        let unsettled = inbox.record.unsettled();
-        if unsettled >= max_unsettled {
-            return Ok(Err(AppendError::QueueFull { unsettled }));
+        if let Err(full) = self.make_room(message)? {
+            return Ok(Err(full));
         }
+        let due_us = self.rules.now_us + FIRST_DUE.as_micros() as u64;
+        let inbox = self.inbox(&message.user)?;
         inbox.record.head += 1;
         inbox.record.armed += 1;
         if inbox.record.due_us == 0 || inbox.record.due_us > due_us {
             (inbox.record.due_us, inbox.record.attempt) = (due_us, 0);
         }
+        inbox.record.bytes += message.payload.encoded_len() as u64;
         inbox.changed = true;
         let (seq, epoch) = (inbox.record.head, inbox.record.epoch);
         self.insert_message(message, seq)?;
+        self.note_keys(message, seq)?;
         if let Some(sha256) = sha256 {
-            let record = DedupeRecord {
-                payload_sha256: sha256,
-                seq,
-                message_id: message.message_id.as_bytes().to_vec(),
-                time_us: message.time_us,
-                epoch,
-            };
-            let (caller, user, key) =
-                (message.caller.as_str(), message.user.as_str(), message.dedupe_key.as_str());
-            self.dedupe.insert((caller, user, key), record.encode_to_vec().as_slice())?;
-            self.deduped_at.insert((message.time_us, caller, user, key), ())?;
+            self.insert_dedupe(message, sha256, seq, epoch)?;
         }
         self.must_sync = true;
         let (message_id, time_us) = (message.message_id, message.time_us);
         Ok(Ok(Appended { seq, message_id, epoch, duplicate: false, time_us }))
+    }
+
+    /// Keeps the answer under a message's dedupe key.
+    pub(super) fn insert_dedupe(
+        &mut self,
+        message: &NewMessage,
+        payload_sha256: Vec<u8>,
+        seq: u64,
+        epoch: u64,
+    ) -> Result<(), redb::Error> {
+        let record = DedupeRecord {
+            payload_sha256,
+            seq,
+            message_id: message.message_id.as_bytes().to_vec(),
+            time_us: message.time_us,
+            epoch,
+        };
+        let (caller, user, key) =
+            (message.caller.as_str(), message.user.as_str(), message.dedupe_key.as_str());
+        self.dedupe.insert((caller, user, key), record.encode_to_vec().as_slice())?;
+        self.deduped_at.insert((message.time_us, caller, user, key), ())?;
+        Ok(())
     }
 
     fn insert_message(&mut self, message: &NewMessage, seq: u64) -> Result<(), redb::Error> {
@@ -173,10 +221,23 @@ impl<'txn> Tables<'txn> {
             delivery: 1,
             trace: message.trace.clone(),
         };
-        self.bodies.insert((message.user.as_str(), seq), body.encode_to_vec().as_slice())?;
+        let mut bytes = body.encode_to_vec();
+        let extra = BodyExtra { expires_us: message.expires_us, collapse_key: message.collapse_key.clone() };
+        bytes.extend(extra.encode_to_vec());
+        self.bodies.insert((message.user.as_str(), seq), bytes.as_slice())?;
+        self.insert_receipt(message, seq, State::Accepted)
+    }
+
+    /// Begins the record of a message's life, or goes on with it.
+    pub(super) fn insert_receipt(
+        &mut self,
+        message: &NewMessage,
+        seq: u64,
+        state: State,
+    ) -> Result<(), redb::Error> {
         let receipt = ReceiptRecord {
             seq,
-            state: State::Accepted.number(),
+            state: state.number(),
             accepted_us: message.time_us,
             settled_us: 0,
             caller: message.caller.clone(),
@@ -187,7 +248,7 @@ impl<'txn> Tables<'txn> {
     }
 
     /// What an earlier message with the same dedupe key got, when there is one within the window.
-    fn first_answer(
+    pub(super) fn first_answer(
         &self,
         message: &NewMessage,
         sha256: &[u8],
@@ -234,20 +295,19 @@ impl<'txn> Tables<'txn> {
                 Err(_) => acked.refused += 1,
             }
         }
-        let mut ended = Ended { report: Some(&mut acked.messages), ..Ended::new(attempts) };
+        let mut ended = Ended { report: Some(&mut acked.messages), ..Ended::new(State::Acked, attempts) };
         for (from, to) in fresh {
             self.remove_bodies(&settle.user, from, to, &mut ended)?;
         }
-        let Ended { acked: count, dead, attempts, .. } = ended;
         let inbox = self.inbox(&settle.user)?;
-        if count + dead > 0 {
+        if ended.count + ended.dead > 0 {
             inbox.record.set_settled(&settled);
-            inbox.record.acked += count;
-            inbox.record.dead += dead;
-            inbox.record.attempts = attempts.encode();
+            ended.note(&mut inbox.record);
+            inbox.record.attempts = ended.attempts.encode();
             inbox.changed = true;
             self.must_sync = true;
         }
+        let attempts = ended.attempts;
         acked.failed = self.note_attempts(settle, attempts)?;
         let inbox = self.inbox(&settle.user)?;
         inbox.record.disarm_when_done()?;
@@ -265,9 +325,11 @@ impl<'txn> Tables<'txn> {
     ) -> Result<(), redb::Error> {
         let mut removed = Vec::new();
         for entry in self.bodies.extract_from_if((user, from)..=(user, to), |_, _| true)? {
-            removed.push(tables::decode::<InboxMessage>("bodies", entry?.1.value())?);
+            let (_, bytes) = entry?;
+            let body: InboxMessage = tables::decode("bodies", bytes.value())?;
+            removed.push((body, tables::decode::<BodyExtra>("bodies", bytes.value())?));
         }
-        for body in removed {
+        for (body, extra) in removed {
             let message_id = tables::message_id(&body.message_id)?;
             let key = (user, message_id.as_u128());
             let mut receipt: ReceiptRecord = match self.receipts.get(key)? {
@@ -277,25 +339,24 @@ impl<'txn> Tables<'txn> {
                 }
             };
             let dies = ended.attempts.death(body.seq).is_some();
-            receipt.state = if dies { State::Dead } else { State::Acked }.number();
+            receipt.state = if dies { State::Dead } else { ended.how }.number();
             receipt.settled_us = self.rules.now_us;
             self.receipts.insert(key, receipt.encode_to_vec().as_slice())?;
             self.settled_at.insert((self.rules.now_us, user, message_id.as_u128()), ())?;
+            ended.bytes += body.payload.as_ref().map_or(0, prost::Message::encoded_len) as u64;
+            ended.keys += u64::from(self.forget_keys(user, &receipt.caller, body.seq, &extra)?);
             if dies {
                 self.insert_letter(user, &body, &receipt.caller, &ended.attempts)?;
                 ended.dead += 1;
                 continue;
             }
-            ended.acked += 1;
-            if let Some(report) = &mut ended.report
-                && report.len() < MAX_REPORTED
-            {
-                report.push(SettledMessage {
-                    seq: body.seq,
-                    message_id,
-                    accepted_us: receipt.accepted_us,
-                    trace: body.trace,
-                });
+            ended.count += 1;
+            let InboxMessage { seq, trace, .. } = body;
+            let settled = SettledMessage { seq, message_id, accepted_us: receipt.accepted_us, trace };
+            match &mut ended.report {
+                Some(report) if report.len() < MAX_REPORTED => report.push(settled),
+                Some(_) => {}
+                None => self.ended.push((user.to_owned(), settled, ended.how)),
             }
         }
         ended.attempts.settle(from, to);
@@ -408,6 +469,6 @@ impl<'txn> Tables<'txn> {
 }
 
 /// Identity of a payload under a dedupe key.
-fn payload_sha256(message: &NewMessage) -> Vec<u8> {
+pub(super) fn payload_sha256(message: &NewMessage) -> Vec<u8> {
     ring::digest::digest(&ring::digest::SHA256, &message.payload.encode_to_vec()).as_ref().to_vec()
 }

@@ -18,13 +18,17 @@ use tokio::sync::{OwnedSemaphorePermit, oneshot};
 use uuid::Uuid;
 
 use super::{
+    ending::Quotas,
     file::RedbFile,
-    transaction::{Rules, Tables},
+    transaction::{EndedMessage, Rules, Tables},
 };
 use crate::{
     metrics::Metrics,
     spans,
-    store::{Acked, AppendError, Appended, CommitSink, DueInbox, NewMessage, Rearm, Settle, StoreError},
+    store::{
+        Acked, AppendError, Appended, CommitSink, DueInbox, Expired, NewMessage, Rearm, Scheduled,
+        ScheduledAt, Settle, StoreError,
+    },
 };
 
 /// Most messages and acks of one transaction: bounds how long the first of them waits for the last.
@@ -62,6 +66,25 @@ pub(super) enum Operation {
         rearms: Vec<Rearm>,
         answer: oneshot::Sender<Result<(), StoreError>>,
     },
+    Expire {
+        now_us: u64,
+        limit: usize,
+        answer: oneshot::Sender<Result<Expired, StoreError>>,
+    },
+    Schedule {
+        messages: Vec<Scheduled>,
+        answer: oneshot::Sender<Vec<Result<ScheduledAt, AppendError>>>,
+    },
+    ClaimScheduled {
+        now_us: u64,
+        until_us: u64,
+        limit: usize,
+        answer: oneshot::Sender<Result<Vec<Scheduled>, StoreError>>,
+    },
+    Unschedule {
+        messages: Vec<(String, Uuid)>,
+        answer: oneshot::Sender<Result<u64, StoreError>>,
+    },
     Sweep {
         now_us: u64,
         limit: usize,
@@ -91,10 +114,24 @@ enum Outcome {
     Append(Vec<Result<Appended, AppendError>>),
     Ack(Vec<Result<Acked, StoreError>>),
     Claim(Vec<DueInbox>),
+    Expire(Expired),
+    Schedule(Vec<Result<ScheduledAt, AppendError>>),
+    ClaimScheduled(Vec<Scheduled>),
+    Unschedule(u64),
     Sweep(usize),
     Redriven(bool),
     Purge(u64),
     Done,
+}
+
+/// What a transaction came to.
+struct Committed {
+    /// For each operation.
+    outcomes: Vec<Outcome>,
+    /// What was settled in it without anybody asking.
+    ended: Vec<EndedMessage>,
+    /// How many items were made durable.
+    items: usize,
 }
 
 impl Operation {
@@ -105,7 +142,12 @@ impl Operation {
             Operation::Ack { settles, .. } => settles.len(),
             Operation::Arm { users } => users.len(),
             Operation::Rearm { rearms, .. } => rearms.len(),
-            Operation::Claim { limit, .. } | Operation::Sweep { limit, .. } => *limit,
+            Operation::Claim { limit, .. }
+            | Operation::Expire { limit, .. }
+            | Operation::ClaimScheduled { limit, .. }
+            | Operation::Sweep { limit, .. } => *limit,
+            Operation::Schedule { messages, .. } => messages.len(),
+            Operation::Unschedule { messages, .. } => messages.len(),
             Operation::Redriven { .. } => 1,
             Operation::Purge { letters, .. } => letters.len(),
         }
@@ -138,6 +180,14 @@ impl Operation {
                 tables.rearm(rearms)?;
                 Outcome::Done
             }
+            Operation::Expire { now_us, limit, .. } => Outcome::Expire(tables.expire(*now_us, *limit)?),
+            Operation::Schedule { messages, .. } => Outcome::Schedule(
+                messages.iter().map(|message| tables.schedule(message)).collect::<Result<_, _>>()?,
+            ),
+            Operation::ClaimScheduled { now_us, until_us, limit, .. } => {
+                Outcome::ClaimScheduled(tables.claim_scheduled(*now_us, *until_us, *limit)?)
+            }
+            Operation::Unschedule { messages, .. } => Outcome::Unschedule(tables.unschedule(messages)?),
             Operation::Sweep { now_us, limit, .. } => Outcome::Sweep(tables.sweep(*now_us, *limit)?),
             Operation::Redriven { user, message_id, sent_as, .. } => {
                 Outcome::Redriven(tables.redriven(user, *message_id, *sent_as)?)
@@ -153,6 +203,14 @@ impl Operation {
             (Operation::Ack { answer, .. }, Outcome::Ack(results)) => drop(answer.send(results)),
             (Operation::Claim { answer, .. }, Outcome::Claim(claimed)) => drop(answer.send(Ok(claimed))),
             (Operation::Rearm { answer, .. }, Outcome::Done) => drop(answer.send(Ok(()))),
+            (Operation::Expire { answer, .. }, Outcome::Expire(expired)) => drop(answer.send(Ok(expired))),
+            (Operation::Schedule { answer, .. }, Outcome::Schedule(results)) => drop(answer.send(results)),
+            (Operation::ClaimScheduled { answer, .. }, Outcome::ClaimScheduled(claimed)) => {
+                drop(answer.send(Ok(claimed)));
+            }
+            (Operation::Unschedule { answer, .. }, Outcome::Unschedule(count)) => {
+                drop(answer.send(Ok(count)));
+            }
             (Operation::Sweep { answer, .. }, Outcome::Sweep(removed)) => drop(answer.send(Ok(removed))),
             (Operation::Redriven { answer, .. }, Outcome::Redriven(found)) => drop(answer.send(Ok(found))),
             (Operation::Purge { answer, .. }, Outcome::Purge(purged)) => drop(answer.send(Ok(purged))),
@@ -168,6 +226,12 @@ impl Operation {
             Operation::Ack { settles, answer } => {
                 drop(answer.send(settles.iter().map(|_| Err(error.clone())).collect()));
             }
+            Operation::Schedule { messages, answer } => {
+                drop(answer.send(messages.iter().map(|_| Err(AppendError::Store(error.clone()))).collect()));
+            }
+            Operation::Expire { answer, .. } => drop(answer.send(Err(error.clone()))),
+            Operation::ClaimScheduled { answer, .. } => drop(answer.send(Err(error.clone()))),
+            Operation::Unschedule { answer, .. } => drop(answer.send(Err(error.clone()))),
             Operation::Claim { answer, .. } => drop(answer.send(Err(error.clone()))),
             Operation::Rearm { answer, .. } => drop(answer.send(Err(error.clone()))),
             Operation::Sweep { answer, .. } => drop(answer.send(Err(error.clone()))),
@@ -184,7 +248,8 @@ pub(super) struct Writer {
     pub(super) file: Arc<RedbFile>,
     pub(super) operations: Receiver<Queued>,
     pub(super) store_id: u64,
-    pub(super) max_unsettled: u64,
+    pub(super) quotas: Quotas,
+    pub(super) keep_expired: bool,
     pub(super) max_attempts: u32,
     pub(super) random: SharedRandom,
     pub(super) clock: SharedClock,
@@ -212,8 +277,11 @@ impl Writer {
             }
             let started = Instant::now();
             match self.commit(&batch) {
-                Ok((outcomes, items)) => {
+                Ok(Committed { outcomes, ended, items }) => {
                     self.metrics.group_commit(items, started.elapsed());
+                    for (user, message, state) in &ended {
+                        self.on_commit.ended(user, message, *state);
+                    }
                     for (queued, outcome) in batch.into_iter().zip(outcomes) {
                         self.tell(&queued.operation, &outcome);
                         queued.operation.answer(outcome);
@@ -274,9 +342,8 @@ impl Writer {
         ControlFlow::Continue(batch)
     }
 
-    /// Applies a batch and makes it durable. Returns an outcome for each operation, and how many items were
-    /// made durable.
-    fn commit(&self, batch: &[Queued]) -> Result<(Vec<Outcome>, usize), StoreError> {
+    /// Applies a batch and makes it durable.
+    fn commit(&self, batch: &[Queued]) -> Result<Committed, StoreError> {
         let database = self.file.get()?;
         let span = spans::commit(batch.iter().flat_map(|queued| queued.operation.messages()));
         self.try_commit(&database, batch).map_err(|error| {
@@ -288,15 +355,12 @@ impl Writer {
         })
     }
 
-    fn try_commit(
-        &self,
-        database: &redb::Database,
-        batch: &[Queued],
-    ) -> Result<(Vec<Outcome>, usize), redb::Error> {
+    fn try_commit(&self, database: &redb::Database, batch: &[Queued]) -> Result<Committed, redb::Error> {
         let mut transaction = database.begin_write()?;
         let rules = Rules {
             store_id: self.store_id,
-            max_unsettled: self.max_unsettled,
+            quotas: self.quotas,
+            keep_expired: self.keep_expired,
             max_attempts: self.max_attempts,
             now_us: self.clock.now_us(),
             random: self.random.clone(),
@@ -306,7 +370,7 @@ impl Writer {
         for queued in batch {
             outcomes.push(queued.operation.apply(&mut tables)?);
         }
-        let must_sync = tables.finish()?;
+        let (must_sync, ended) = tables.finish()?;
         // What nobody was promised can wait for the next durable commit.
         let sync = must_sync || self.unsynced.get() >= MAX_UNSYNCED;
         let durability = if sync { Durability::Immediate } else { Durability::None };
@@ -314,7 +378,7 @@ impl Writer {
         transaction.commit()?;
         self.unsynced.set(if sync { 0 } else { self.unsynced.get() + 1 });
         let items = batch.iter().filter(|_| must_sync).map(|queued| queued.operation.items()).sum();
-        Ok((outcomes, items))
+        Ok(Committed { outcomes, ended, items })
     }
 
     /// Tries to open the file again. Says that it could not, unless that was `said`; returns whether it is.

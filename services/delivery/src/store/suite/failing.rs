@@ -196,7 +196,10 @@ async fn what_is_written_or_acked_does_not_come_again<H: Harness>(mut harness: H
     store.ack(vec![settle("bob", epoch, &[(2, 2)], 0)]).await.remove(0).unwrap();
     clock.advance(Duration::from_secs(86_400));
     assert_eq!(claim(&*store, &clock).await, []);
-    assert_eq!(store.stats().await, Ok(Stats { inboxes: 1, unsettled: 1, armed: 0, dead_letters: 0 }));
+    assert_eq!(
+        store.stats().await,
+        Ok(Stats { inboxes: 1, unsettled: 1, armed: 0, dead_letters: 0, scheduled: 0 })
+    );
     assert_eq!(deliveries(&read_all(&*store, "bob").await), [(1, 2)]);
     store.ack(vec![settle("bob", epoch, &[(1, 1)], 0)]).await.remove(0).unwrap();
     assert_eq!(fail(&*store, epoch, vec![failure(1, 2, NAK, &clock)]).await, []);
@@ -233,7 +236,10 @@ async fn a_message_that_fails_for_good_is_a_dead_letter<H: Harness>(mut harness:
     assert_eq!((acked.mark, acked.messages.len(), acked.messages[0].seq), (3, 1, 1));
     let receipt = store.lookup("bob".to_owned(), Uuid::from_u128(2)).await.unwrap().unwrap();
     assert_eq!(receipt, Receipt { seq: 2, state: State::Dead, accepted_us, settled_us: died_us });
-    assert_eq!(store.stats().await, Ok(Stats { inboxes: 1, unsettled: 0, armed: 0, dead_letters: 2 }));
+    assert_eq!(
+        store.stats().await,
+        Ok(Stats { inboxes: 1, unsettled: 0, armed: 0, dead_letters: 2, scheduled: 0 })
+    );
     assert_eq!(letters(&*store, DeadFilter::default()).await, [3, 2]);
     let letter = store.dead_letter("bob".to_owned(), Uuid::from_u128(2)).await.unwrap().unwrap();
     let payload = text("body-2");

@@ -3,7 +3,7 @@
 use sanjay_client::{DeadLetter, DeadReason, DeliveryFailure, protocol::Payload};
 use serde::Serialize;
 
-use super::when::readable;
+use crate::commands::when::readable;
 
 /// The header above [`row`]s.
 pub(super) const HEADER: &str =
@@ -109,6 +109,8 @@ fn reason(letter: &DeadLetter) -> &'static str {
     match letter.reason() {
         DeadReason::MaxAttempts => "max_attempts",
         DeadReason::Terminated => "terminated",
+        DeadReason::QueueFull => "queue_full",
+        DeadReason::Expired => "expired",
         DeadReason::Unspecified => "unknown",
     }
 }

@@ -5,7 +5,6 @@ mod list;
 mod purge;
 mod redrive;
 mod show;
-mod when;
 
 use anyhow::Context as _;
 use clap::{Subcommand, ValueEnum};
@@ -13,7 +12,7 @@ use sanjay_client::{DeadLetterFilter, DeadReason, protocol::names};
 use sanjay_runtime::{Clock as _, SystemClock};
 use uuid::Uuid;
 
-use when::When;
+use crate::commands::when::When;
 
 /// Look after dead letters: messages that ended without an ack
 #[derive(Debug, clap::Args)]
@@ -53,6 +52,10 @@ enum Reason {
     MaxAttempts,
     /// A client gave it up
     Terminated,
+    /// Newer messages needed its place in a full inbox
+    QueueFull,
+    /// Its time to live passed
+    Expired,
 }
 
 /// Which dead letters.
@@ -87,11 +90,13 @@ impl FilterArgs {
             names::check("user", user)?;
         }
         let now_us = SystemClock.now_us();
-        let bound = |when: Option<When>| when.map_or(0, |when| when.unix_us(now_us).max(1));
+        let bound = |when: Option<When>| when.map_or(0, |when| when.past_us(now_us).max(1));
         let reason = match self.reason {
             None => DeadReason::Unspecified,
             Some(Reason::MaxAttempts) => DeadReason::MaxAttempts,
             Some(Reason::Terminated) => DeadReason::Terminated,
+            Some(Reason::QueueFull) => DeadReason::QueueFull,
+            Some(Reason::Expired) => DeadReason::Expired,
         };
         Ok(DeadLetterFilter {
             user: self.user.clone().unwrap_or_default(),

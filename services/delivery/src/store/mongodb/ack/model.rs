@@ -8,7 +8,7 @@ use mongodb::{
 use super::{
     super::{
         documents::{self, ReceiptDoc, SettlerDoc, binary, bson},
-        inbox::{Inbox, Open},
+        inbox::Inbox,
         plan::Rules,
         rearm::{unless_attempts_changed, update_of_fields},
     },
@@ -29,16 +29,18 @@ pub(super) fn model(
         filter.insert("settles", inbox.settles);
         let settler = SettlerDoc { w: rules.database.node.to_string(), b: rules.batch };
         set.insert("settler", bson(&settler)?);
-        update.insert("$inc", counters(plan));
+        update.insert("$inc", counters(plan, inbox));
     }
     if plan.count() > 0 {
         set.insert("mark", plan.settled.mark().cast_signed());
         set.insert("settled", documents::ranges(&plan.settled));
         update.insert("$push", doc! { "receipts": { "$each": receipts(rules, plan, inbox)? } });
-        if let Some(pull) = pull(plan, inbox) {
-            update.insert("$pull", doc! { "messages": { "n": pull } });
+        let pull = pull(plan, inbox);
+        if !pull.is_empty() {
+            update.insert("$pull", pull);
         }
     }
+    expiry(plan, inbox, &mut filter, &mut set, &mut unset);
     match plan.attempts.is_empty() {
         _ if !plan.noted => {}
         true => drop(unset.insert("attempts", "")),
@@ -81,18 +83,61 @@ fn due(
     }
 }
 
-fn counters(plan: &Plan) -> Document {
+/// From when on something in the document may have expired. An inbox without unsettled messages begins anew with that
+/// and with what is counted of it.
+fn expiry(plan: &Plan, inbox: &Inbox, filter: &mut Document, set: &mut Document, unset: &mut Document) {
+    let expires_us = if plan.empties(inbox) {
+        filter.insert("seq", inbox.head.cast_signed());
+        if inbox.held_bytes != 0 {
+            set.insert("bytes", 0_i64);
+        }
+        if !inbox.collapse.is_empty() {
+            unset.insert("collapse", "");
+        }
+        Some(0).filter(|_| inbox.expires_us != 0)
+    } else {
+        plan.expires_us
+    };
+    let Some(expires_us) = expires_us else { return };
+    // What comes meanwhile may expire earlier.
+    filter.insert("seq", inbox.head.cast_signed());
+    match expires_us {
+        0 => drop(unset.insert("expires", "")),
+        us => drop(set.insert("expires", us.cast_signed())),
+    }
+}
+
+fn counters(plan: &Plan, inbox: &Inbox) -> Document {
     let mut counters = doc! { "settles": 1_i64 };
-    for (name, seqs) in [("acked", &plan.fresh), ("dead", &plan.dead)] {
+    for (name, seqs) in [("acked", &plan.fresh), ("expired", &plan.expired), ("dead", &plan.dead)] {
         if !seqs.is_empty() {
             counters.insert(name, seqs.len() as i64);
         }
     }
+    if plan.bytes != 0 && !plan.empties(inbox) {
+        counters.insert("bytes", -plan.bytes);
+    }
     counters
 }
 
+/// What leaves the arrays of the document beside receipts and keys.
+fn pull(plan: &Plan, inbox: &Inbox) -> Document {
+    let mut pull = Document::new();
+    if let Some(bodies) = bodies(plan, inbox) {
+        pull.insert("messages", doc! { "n": bodies });
+    }
+    if !inbox.collapse.is_empty() && !plan.empties(inbox) {
+        let settled = |seq: &i64| plan.settled.holds(seq.cast_unsigned());
+        let seqs: Vec<i64> = inbox.collapse.iter().map(|entry| entry.n).filter(settled).collect();
+        if !seqs.is_empty() {
+            pull.insert("collapse", doc! { "n": { "$in": seqs } });
+        }
+    }
+    pull
+}
+
 /// Which bodies leave the document.
-fn pull(plan: &Plan, inbox: &Inbox) -> Option<Bson> {
+fn bodies(plan: &Plan, inbox: &Inbox) -> Option<Bson> {
     let inside = |seq: &u64| inbox.open.binary_search_by_key(seq, |open| open.seq).is_ok();
     let seqs: Vec<i64> = plan.leaving().filter(inside).map(u64::cast_signed).collect();
     let mark = plan.settled.mark().cast_signed();
@@ -103,16 +148,12 @@ fn pull(plan: &Plan, inbox: &Inbox) -> Option<Bson> {
     }
 }
 
-fn receipts(rules: &Rules<'_>, plan: &Plan, inbox: &Inbox) -> Result<Vec<Bson>, StoreError> {
-    let receipt = |open: &Open, state: State| ReceiptDoc {
-        i: open.id,
-        n: open.seq.cast_signed(),
-        s: state.number(),
-        a: open.time_us.cast_signed(),
-        t: rules.now_us.cast_signed(),
-    };
-    let acked = plan.fresh.iter().map(|seq| (seq, State::Acked));
-    let dead = plan.dead.iter().map(|seq| (seq, State::Dead));
-    let known = acked.chain(dead).filter_map(|(seq, state)| Some(receipt(inbox.message(*seq)?, state)));
+fn receipts<'a>(rules: &Rules<'_>, plan: &'a Plan, inbox: &Inbox) -> Result<Vec<Bson>, StoreError> {
+    let in_state = |seqs: &'a [u64], state: State| seqs.iter().map(move |seq| (seq, state));
+    let ends = in_state(&plan.fresh, State::Acked)
+        .chain(in_state(&plan.expired, State::Expired))
+        .chain(in_state(&plan.dead, State::Dead));
+    let known =
+        ends.filter_map(|(seq, state)| Some(ReceiptDoc::new(inbox.message(*seq)?, state, rules.now_us)));
     known.map(|receipt| bson(&receipt)).collect()
 }

@@ -28,7 +28,8 @@ impl Lane {
             let unanswered = user.unanswered.is_some();
             match self.inboxes.get_mut(name) {
                 Some(inbox) if !inbox.stale && !inbox.shared && !unanswered => {
-                    (inbox.fresh, inbox.looked_beside) = (false, false);
+                    inbox.fresh = false;
+                    inbox.looked_beside.clear();
                     inbox.beside.clear();
                     inbox.buried.clear();
                 }
@@ -100,8 +101,9 @@ impl Lane {
         if let Some(inbox) = self.inboxes.get_mut(name) {
             let messages = found.iter().flat_map(|bodies| &bodies.messages);
             let open = messages.map(|message| Open::new(message).map(|open| (open.seq, open)));
-            inbox.beside = open.collect::<Result<_, _>>()?;
-            inbox.looked_beside = true;
+            let open: Vec<(u64, Open)> = open.collect::<Result<_, _>>()?;
+            inbox.beside.extend(open);
+            inbox.looked_beside.push((from, to));
         }
         Ok(())
     }

@@ -175,8 +175,21 @@ fn parts(name: &str, command: &Document) -> Vec<(String, Document)> {
             };
             command.get_array("ops").unwrap().iter().map(part).collect()
         }
-        // Inboxes are written to in groups alone, so that one of these would be found out.
-        "update" | "insert" | "delete" | "findAndModify" => vec![(target, Document::new())],
+        "update" | "insert" => {
+            let (parts, filter) = if name == "update" { ("updates", Some("q")) } else { ("documents", None) };
+            let part = |part: &Bson| {
+                let part = part.as_document().unwrap();
+                filter.map_or(part, |filter| part.get_document(filter).unwrap()).clone()
+            };
+            command.get_array(parts).unwrap().iter().map(|each| (target.clone(), part(each))).collect()
+        }
+        "aggregate" => {
+            let pipeline = command.get_array("pipeline").unwrap();
+            let first = pipeline[0].as_document().unwrap().get_document("$match").unwrap();
+            vec![(target, first.clone())]
+        }
+        // Nothing is written by these, so that one of them would be found out.
+        "delete" | "findAndModify" => vec![(target, Document::new())],
         _ => Vec::new(),
     }
 }
@@ -191,12 +204,13 @@ async fn hot_commands_name_the_user() {
     case.tuning.commands = Some(EventHandler::callback(move |event| {
         let CommandEvent::Started(started) = event else { return };
         for (collection, filter) in parts(&started.command_name, &started.command) {
-            if !["inbox", "beside", "dead"].contains(&collection.as_str()) {
+            if !["inbox", "beside", "dead", "scheduled"].contains(&collection.as_str()) {
                 continue;
             }
             to_heard.lock().insert(format!("{} {collection}", started.command_name));
-            // The scan for what is due is the one that asks every shard.
-            if !names_users(&collection, &filter) && !filter.contains_key("due") {
+            // The scans for what is due ask every shard.
+            let scans = ["due", "expires", "e"].iter().any(|field| filter.contains_key(field));
+            if !names_users(&collection, &filter) && !scans {
                 to_strays.lock().push((collection, filter));
             }
         }
@@ -216,11 +230,86 @@ async fn hot_commands_name_the_user() {
     let claimed = store.claim_due(now_us, now_us + 1_000, 10).await.unwrap().remove(0);
     store.rearm(vec![Rearm { user: claimed.user, armed: claimed.armed, next: Next::Parked }]).await.unwrap();
     fail_and_look(&case, &store, epoch).await;
+    schedule_and_expire(&case, &store).await;
     assert_eq!(*strays.lock(), []);
-    let expected =
-        ["bulkWrite beside", "bulkWrite dead", "bulkWrite inbox", "find beside", "find dead", "find inbox"]
-            .map(str::to_owned);
-    assert_eq!(*heard.lock(), BTreeSet::from(expected));
+    let names = ["beside", "dead", "inbox", "scheduled"];
+    let both = names.map(|name| [format!("bulkWrite {name}"), format!("find {name}")]);
+    let mut expected: BTreeSet<String> = both.into_iter().flatten().collect();
+    expected.extend(["aggregate scheduled", "insert scheduled", "update inbox"].map(str::to_owned));
+    assert_eq!(*heard.lock(), expected);
+}
+
+/// All that is done with what waits for its time, is replaced or expires.
+async fn schedule_and_expire(case: &Case, store: &MongoStore) {
+    let deliver_us = case.clock.now_us();
+    let later = |id: u128, key: &str| {
+        let message = message("bob", id, "x", key, &case.clock);
+        Scheduled { message, deliver_us }
+    };
+    let batch = vec![later(101, "later"), later(102, ""), later(103, "later")];
+    let answers = store.schedule(batch).await.into_iter().map(|answer| answer.unwrap().duplicate);
+    assert!(answers.eq([false, false, true]));
+    store.lookup("bob".to_owned(), Uuid::from_u128(101)).await.unwrap().unwrap();
+    let claimed = store.claim_scheduled(deliver_us, deliver_us + 1, 10).await.unwrap();
+    assert_eq!(claimed.len(), 2);
+    for claimed in claimed {
+        let message = NewMessage {
+            expires_us: case.clock.now_us() + 1,
+            collapse_key: "k".to_owned(),
+            ..claimed.message
+        };
+        let (user, id) = (message.user.clone(), message.message_id);
+        store.append(vec![message]).await.remove(0).unwrap();
+        assert_eq!(store.unschedule(vec![(user, id)]).await, Ok(1));
+    }
+    case.clock.advance(Duration::from_micros(1));
+    assert_eq!(store.expire(case.clock.now_us(), 10).await.unwrap().settled, 1);
+}
+
+/// What the update of a message asks and changes that does nothing but come: no more than before messages could end by
+/// themselves, but for a count of bytes.
+#[tokio::test]
+async fn a_plain_message_asks_for_its_seq_alone() {
+    let writes = Arc::new(Mutex::new(Vec::new()));
+    let mut case = Case::on(Mongo::shared().await).roomy();
+    let (to_writes, finds) = (writes.clone(), Arc::new(Mutex::new(0)));
+    let to_finds = finds.clone();
+    case.tuning.commands = Some(EventHandler::callback(move |event| {
+        let CommandEvent::Started(started) = event else { return };
+        if started.command_name == "bulkWrite" {
+            let ops = started.command.get_array("ops").unwrap();
+            to_writes.lock().extend(ops.iter().map(|op| op.as_document().unwrap().clone()));
+        } else if started.command_name == "find" {
+            *to_finds.lock() += 1;
+        }
+    }));
+    let store = case.open().await;
+    for id in 1..=3 {
+        store.append(case.messages("bob", [id])).await.remove(0).unwrap();
+    }
+    store.append(vec![message("bob", 4, "x", "key", &case.clock)]).await.remove(0).unwrap();
+    // One to know the inbox, one for the dedupe key.
+    let read = *finds.lock();
+    let fields = |document: &Document| document.keys().cloned().collect::<Vec<_>>();
+    let writes = writes.lock();
+    let last = &writes[writes.len() - 2];
+    assert_eq!(fields(last.get_document("filter").unwrap()), ["_id", "seq"]);
+    let update = last.get_document("updateMods").unwrap();
+    let writer = fields(update.get_document("$set").unwrap()).remove(2);
+    assert!(writer.starts_with("writers."), "{writer}");
+    let expected = [
+        ("$set", vec!["seq", "attempt", &*writer]),
+        ("$inc", vec!["armed", "bytes"]),
+        ("$min", vec!["due"]),
+        ("$push", vec!["messages"]),
+    ];
+    assert_eq!(fields(update), expected.clone().map(|(operator, _)| operator));
+    for (operator, names) in expected {
+        assert_eq!(fields(update.get_document(operator).unwrap()), names, "{operator}");
+    }
+    let keyed = writes[writes.len() - 1].get_document("filter").unwrap();
+    assert_eq!(fields(keyed), ["_id", "seq", "plans"]);
+    assert!(read <= 3, "{read} reads");
 }
 
 /// All that is done with a message that fails, and with its dead letter.
@@ -289,8 +378,13 @@ async fn hot_queries_use_an_index() {
         ("inbox", doc! { "_id": users[0], "seq": 8_i64 }, doc! {}),
         ("beside", documents::bodies_between(users[0], 1, 6), doc! { "_id": 1 }),
         ("beside", doc! { "ids": documents::id(Uuid::from_u128(100)), "u": users[0] }, doc! {}),
-        ("inbox", due::due_filter(u64::MAX / 4, 0, 1 << 31), doc! { "due": 1 }),
-        ("inbox", due::due_filter(u64::MAX / 4, 1 << 29, 1 << 30), doc! { "due": 1 }),
+        ("inbox", due::due_filter("due", u64::MAX / 4, 0, 1 << 31), doc! { "due": 1 }),
+        ("inbox", due::due_filter("expires", u64::MAX / 4, 0, 1 << 31), doc! { "expires": 1 }),
+        ("beside", due::due_filter("e", u64::MAX / 4, 0, 1 << 31), doc! { "e": 1 }),
+        ("scheduled", due::due_filter("due", u64::MAX / 4, 0, 1 << 31), doc! { "due": 1 }),
+        ("scheduled", super::super::scheduled::one(users[0], Uuid::nil()), doc! {}),
+        ("scheduled", doc! { "u": { "$in": users.to_vec() } }, doc! {}),
+        ("inbox", due::due_filter("due", u64::MAX / 4, 1 << 29, 1 << 30), doc! { "due": 1 }),
     ];
     let database = collection.client().database(&case.location.name);
     for (name, filter, sort) in queries {

@@ -1,4 +1,4 @@
-//! A point in time on the command line: written out, or as how long ago it was.
+//! A point in time on the command line: written out, or as how far from now it is.
 
 use std::{str::FromStr, time::Duration};
 
@@ -11,16 +11,24 @@ use crate::commands::token::parse_span;
 pub(super) enum When {
     /// Unix time in microseconds.
     At(u64),
-    /// So long before now.
-    Ago(Duration),
+    /// So far from now: before or after it, as the option says.
+    Away(Duration),
 }
 
 impl When {
-    /// Unix time in microseconds.
-    pub(super) fn unix_us(self, now_us: u64) -> u64 {
+    /// Unix time in microseconds of something that was.
+    pub(super) fn past_us(self, now_us: u64) -> u64 {
         match self {
             When::At(us) => us,
-            When::Ago(span) => now_us.saturating_sub(span.as_micros() as u64),
+            When::Away(span) => now_us.saturating_sub(span.as_micros() as u64),
+        }
+    }
+
+    /// Unix time in microseconds of something that is to be.
+    pub(super) fn ahead_us(self, now_us: u64) -> u64 {
+        match self {
+            When::At(us) => us,
+            When::Away(span) => now_us.saturating_add(span.as_micros() as u64),
         }
     }
 }
@@ -30,13 +38,13 @@ impl FromStr for When {
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         if text == "now" {
-            return Ok(When::Ago(Duration::ZERO));
+            return Ok(When::Away(Duration::ZERO));
         }
         if let Ok(span) = parse_span(text) {
-            return Ok(When::Ago(span));
+            return Ok(When::Away(span));
         }
         let time = OffsetDateTime::parse(text, &Rfc3339).map_err(|_| {
-            "give a time such as 2026-11-24T09:30:00Z, or how long ago it was, such as 90s, 15m, 24h or 7d, or now".to_owned()
+            "give a time such as 2026-11-24T09:30:00Z, or how far from now, such as 90s, 15m, 24h or 7d, or now".to_owned()
         })?;
         let us = u64::try_from(time.unix_timestamp_nanos() / 1_000);
         us.map(When::At).map_err(|_| "the time is before 1970".to_owned())
@@ -69,12 +77,15 @@ mod tests {
 
     #[test]
     fn times_are_written_out_or_so_long_ago() {
-        let at = |text: &str| text.parse::<When>().map(|when| when.unix_us(1_700_000_000_000_000));
+        let at = |text: &str| text.parse::<When>().map(|when| when.past_us(1_700_000_000_000_000));
         assert_eq!(at("2023-11-14T22:13:20Z"), Ok(1_700_000_000_000_000));
         assert_eq!(at("2023-11-14T23:13:20.5+01:00"), Ok(1_700_000_000_500_000));
         assert_eq!(at("2h"), Ok(1_699_992_800_000_000));
         assert_eq!(at("now"), Ok(1_700_000_000_000_000));
         assert_eq!(at("36500d"), Ok(0));
+        let ahead = |text: &str| text.parse::<When>().map(|when| when.ahead_us(1_700_000_000_000_000));
+        assert_eq!(ahead("2h"), Ok(1_700_007_200_000_000));
+        assert_eq!(ahead("2023-11-14T22:13:21Z"), Ok(1_700_000_001_000_000));
         for wrong in
             ["", "yesterday", "2 h", "2023-11-14", "1969-01-01T00:00:00Z", "-1h", "99999999999999999999d"]
         {

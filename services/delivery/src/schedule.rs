@@ -1,0 +1,103 @@
+//! Puts scheduled messages into their inboxes when their time has come.
+//!
+//! Each is claimed, appended under its id, and forgotten as a scheduled one, in this order: a node that dies in between
+//! leaves it to the next claim, which finds by the message's record, or by a dedupe key made of its id, that it is in.
+
+use std::{sync::Arc, time::Duration};
+
+use futures::{StreamExt, stream};
+use sanjay_runtime::clock::SharedClock;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use crate::{
+    message::State,
+    paced::paced,
+    store::{AppendError, InboxStore, NewMessage, StoreError},
+};
+
+/// How often messages are looked for whose time has come: so late they may be, and a little more.
+const EVERY: Duration = Duration::from_millis(250);
+
+/// Most messages of one claim.
+const MAX_CLAIM: usize = 128;
+
+/// For how long a claim holds: longer than the calls that finish it may take together.
+const CLAIM: Duration = Duration::from_secs(30);
+
+/// Most look-ups at once.
+const MAX_LOOKS: usize = 16;
+
+/// Begins the dedupe keys of these appends. Back ends cannot have such a key: it holds a control character.
+const KEY_PREFIX: &str = "\u{1f}scheduled/";
+
+/// Appends what is scheduled.
+pub(crate) struct Schedule {
+    pub(crate) store: Arc<dyn InboxStore>,
+    pub(crate) clock: SharedClock,
+}
+
+impl Schedule {
+    /// Runs until `stop`.
+    pub(crate) async fn run(self, stop: CancellationToken) {
+        paced(EVERY, "scheduled messages wait beyond their time", stop, || self.step()).await;
+    }
+
+    /// Appends the messages of one claim; says whether there may be more.
+    async fn step(&self) -> Result<bool, StoreError> {
+        let now_us = self.clock.now_us();
+        let until_us = now_us + CLAIM.as_micros() as u64;
+        let claimed = self.store.claim_scheduled(now_us, until_us, MAX_CLAIM).await?;
+        let more = claimed.len() == MAX_CLAIM;
+        let messages = claimed.into_iter().map(|scheduled| scheduled.message);
+        let looked: Vec<(NewMessage, Result<bool, StoreError>)> = stream::iter(messages)
+            .map(|message| async move {
+                let waits = self.waits(&message).await;
+                (message, waits)
+            })
+            .buffered(MAX_LOOKS)
+            .collect()
+            .await;
+        let (mut done, mut appends, mut failed) = (Vec::new(), Vec::new(), None);
+        for (message, waits) in looked {
+            match waits {
+                Ok(true) => appends.push(self.due(message)),
+                Ok(false) => done.push(place(&message)),
+                Err(error) => failed = Some(error),
+            }
+        }
+        let places: Vec<(String, Uuid)> = appends.iter().map(place).collect();
+        let results = if appends.is_empty() { Vec::new() } else { self.store.append(appends).await };
+        for (place, result) in places.into_iter().zip(results) {
+            match result {
+                Ok(_) => done.push(place),
+                Err(AppendError::Store(error)) => failed = Some(error),
+                // It was accepted, so it waits for room: it comes again when the claim ends.
+                Err(error) => tracing::warn!(
+                    message_id = %place.1, %error,
+                    "a scheduled message does not fit into its inbox; it is tried again every 30 s"
+                ),
+            }
+        }
+        if !done.is_empty() {
+            self.store.unschedule(done).await?;
+        }
+        failed.map_or(Ok(more), Err)
+    }
+
+    /// Whether a message is not in its inbox yet.
+    async fn waits(&self, message: &NewMessage) -> Result<bool, StoreError> {
+        let found = self.store.lookup(message.user.clone(), message.message_id).await?;
+        Ok(found.is_none_or(|receipt| receipt.state == State::Scheduled))
+    }
+
+    /// A message as it is appended: accepted now, as far as the inbox is concerned.
+    fn due(&self, message: NewMessage) -> NewMessage {
+        let dedupe_key = format!("{KEY_PREFIX}{}", message.message_id);
+        NewMessage { time_us: self.clock.now_us(), dedupe_key, ..message }
+    }
+}
+
+fn place(message: &NewMessage) -> (String, Uuid) {
+    (message.user.clone(), message.message_id)
+}

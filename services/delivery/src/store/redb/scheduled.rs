@@ -1,0 +1,148 @@
+//! Messages that wait outside the inbox for their time.
+
+use std::sync::Arc;
+
+use prost::Message as _;
+use redb::ReadableTable;
+use sanjay_proto::client::v1::Payload;
+use uuid::Uuid;
+
+use super::{
+    tables::{self, ReceiptRecord, ScheduledRecord},
+    transaction::{Tables, payload_sha256},
+};
+use crate::{
+    message::State,
+    store::{AppendError, MAX_SCHEDULED, NewMessage, Quota, Scheduled, ScheduledAt},
+};
+
+impl Tables<'_> {
+    /// Keeps a message until its time.
+    pub(super) fn schedule(
+        &mut self,
+        scheduled: &Scheduled,
+    ) -> Result<Result<ScheduledAt, AppendError>, redb::Error> {
+        let Scheduled { message, deliver_us } = scheduled;
+        let deliver_us = *deliver_us;
+        let sha256 = (!message.dedupe_key.is_empty()).then(|| payload_sha256(message));
+        if let Some(sha256) = &sha256
+            && let Some(first) = self.first_answer(message, sha256)?
+        {
+            let first = match first {
+                Ok(first) => first,
+                Err(error) => return Ok(Err(error)),
+            };
+            let waits = self.scheduled.get((message.user.as_str(), first.message_id.as_u128()))?;
+            let deliver_us = match waits {
+                Some(bytes) => tables::decode::<ScheduledRecord>("scheduled", bytes.value())?.deliver_us,
+                None => 0,
+            };
+            let (message_id, time_us) = (first.message_id, first.time_us);
+            return Ok(Ok(ScheduledAt { message_id, deliver_us, duplicate: true, time_us }));
+        }
+        let (user, id) = (message.user.as_str(), message.message_id.as_u128());
+        let mut held = 0;
+        for entry in self.scheduled.range((user, 0)..=(user, u128::MAX))?.take(MAX_SCHEDULED) {
+            entry?;
+            held += 1;
+        }
+        if held >= MAX_SCHEDULED {
+            return Ok(Err(AppendError::QueueFull { quota: Quota::Scheduled, held: held as u64 }));
+        }
+        let record = ScheduledRecord {
+            deliver_us,
+            due_us: deliver_us,
+            caller: message.caller.clone(),
+            payload: message.payload.encode_to_vec(),
+            time_us: message.time_us,
+            trace: message.trace.clone(),
+            expires_us: message.expires_us,
+            collapse_key: message.collapse_key.clone(),
+        };
+        self.scheduled.insert((user, id), record.encode_to_vec().as_slice())?;
+        self.scheduled_at.insert((deliver_us, user, id), ())?;
+        self.insert_receipt(message, 0, State::Scheduled)?;
+        if let Some(sha256) = sha256 {
+            let epoch = self.inbox(user)?.record.epoch;
+            self.insert_dedupe(message, sha256, 0, epoch)?;
+        }
+        self.must_sync = true;
+        let (message_id, time_us) = (message.message_id, message.time_us);
+        Ok(Ok(ScheduledAt { message_id, deliver_us, duplicate: false, time_us }))
+    }
+
+    /// Hands out messages whose time has come, until `until_us`.
+    pub(super) fn claim_scheduled(
+        &mut self,
+        now_us: u64,
+        until_us: u64,
+        limit: usize,
+    ) -> Result<Vec<Scheduled>, redb::Error> {
+        let mut due = Vec::new();
+        for entry in self.scheduled_at.range((0, "", 0)..(now_us.saturating_add(1), "", 0))?.take(limit) {
+            let (key, _) = entry?;
+            let (due_us, user, id) = key.value();
+            due.push((due_us, user.to_owned(), id));
+        }
+        let mut claimed = Vec::with_capacity(due.len());
+        for (due_us, user, id) in due {
+            self.scheduled_at.remove((due_us, user.as_str(), id))?;
+            let record: Option<ScheduledRecord> = match self.scheduled.get((user.as_str(), id))? {
+                Some(bytes) => Some(tables::decode("scheduled", bytes.value())?),
+                None => None,
+            };
+            let Some(mut record) = record else { continue };
+            record.due_us = until_us;
+            self.scheduled.insert((user.as_str(), id), record.encode_to_vec().as_slice())?;
+            self.scheduled_at.insert((until_us, user.as_str(), id), ())?;
+            claimed.push(scheduled(user, id, record)?);
+        }
+        // Of those that came due while nobody looked the earliest first.
+        claimed.sort_by_key(|scheduled| scheduled.deliver_us);
+        Ok(claimed)
+    }
+
+    /// Forgets scheduled messages; returns how many there were.
+    pub(super) fn unschedule(&mut self, messages: &[(String, Uuid)]) -> Result<u64, redb::Error> {
+        let mut forgotten = 0;
+        for (user, id) in messages {
+            let key = (user.as_str(), id.as_u128());
+            let record: ScheduledRecord = match self.scheduled.remove(key)? {
+                Some(bytes) => tables::decode("scheduled", bytes.value())?,
+                None => continue,
+            };
+            self.scheduled_at.remove((record.due_us, key.0, key.1))?;
+            // Unless it was appended, nothing is left of it.
+            let waits = match self.receipts.get(key)? {
+                Some(bytes) => {
+                    let receipt: ReceiptRecord = tables::decode("receipts", bytes.value())?;
+                    receipt.state == State::Scheduled.number()
+                }
+                None => false,
+            };
+            if waits {
+                self.receipts.remove(key)?;
+            }
+            forgotten += 1;
+        }
+        Ok(forgotten)
+    }
+}
+
+fn scheduled(user: String, id: u128, record: ScheduledRecord) -> Result<Scheduled, redb::Error> {
+    let ScheduledRecord { deliver_us, caller, payload, time_us, trace, expires_us, collapse_key, .. } =
+        record;
+    let payload: Payload = tables::decode("scheduled", &payload)?;
+    let message = NewMessage {
+        user,
+        caller,
+        message_id: Uuid::from_u128(id),
+        payload: Arc::new(payload),
+        dedupe_key: String::new(),
+        time_us,
+        trace,
+        expires_us,
+        collapse_key,
+    };
+    Ok(Scheduled { message, deliver_us })
+}

@@ -31,5 +31,6 @@ mod metrics;
 mod offline;
 mod processes;
 mod python;
+mod store_away;
 mod trace;
 mod trace_cluster;

@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use anyhow::Context as _;
-use prometheus_client::{metrics::gauge::Gauge, registry::Registry};
+use prometheus_client::registry::Registry;
 use sanjay_proto::{delivery::v1::delivery_server::DeliveryServer, edge::v1::inbox_server::InboxServer};
 use sanjay_runtime::{
     Context, MilestoneRing, Validate,
@@ -71,12 +71,7 @@ pub async fn start(
     };
     let store =
         store::open(&config.location()?, options).await.context("the inbox store cannot be opened")?;
-    let router = routers(
-        &config,
-        &context,
-        &PeerMetrics::register(registry, "delivery", &PEERS),
-        metrics.router_up.clone(),
-    )?;
+    let router = routers(&config, &context, &PeerMetrics::register(registry, "delivery", &PEERS), &metrics)?;
     let recipients = Arc::new(Recipients::default());
 
     // These two end by themselves when what feeds them is gone: the store, and the services.
@@ -135,7 +130,12 @@ pub async fn start(
 }
 
 /// The routers that the configuration names.
-fn routers(config: &Config, context: &Context, metrics: &PeerMetrics, up: Gauge) -> anyhow::Result<Router> {
+fn routers(
+    config: &Config,
+    context: &Context,
+    peers: &PeerMetrics,
+    metrics: &Metrics,
+) -> anyhow::Result<Router> {
     let options = PoolOptions {
         peer: "router",
         setting: "delivery.router",
@@ -144,8 +144,9 @@ fn routers(config: &Config, context: &Context, metrics: &PeerMetrics, up: Gauge)
         lanes: 1,
         connect_timeout: CONNECT_TIMEOUT,
         ready: None,
-        up: Some(up),
-        metrics,
+        up: Some(metrics.router_up.clone()),
+        breaker: Some(metrics.breakers.state("router")),
+        metrics: peers,
     };
     Ok(Router::new(PeerPool::start(options, context)?))
 }

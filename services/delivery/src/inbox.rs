@@ -77,7 +77,7 @@ impl StoreError {
     pub(crate) fn code(&self) -> ErrorCode {
         match self {
             StoreError::Busy => ErrorCode::RateLimited,
-            StoreError::Unavailable(_) => ErrorCode::Unavailable,
+            StoreError::Away { .. } | StoreError::Unavailable(_) => ErrorCode::Unavailable,
         }
     }
 }

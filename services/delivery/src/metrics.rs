@@ -17,6 +17,7 @@ use prometheus_client::{
 };
 
 use sanjay_protocol::ErrorCode;
+use sanjay_resilience::Breakers;
 use sanjay_runtime::{
     grpc::PeerMetrics,
     metrics::{Dependencies, Timer, latency, seconds_between},
@@ -30,6 +31,9 @@ use crate::{
 
 /// The role that a delivery node calls, as its peers' metrics name it.
 pub(crate) const PEERS: [&str; 1] = ["router"];
+
+/// The shared store, as metrics and logs name it.
+pub(crate) const MONGODB: &str = "mongodb";
 
 /// Upper bounds of the time until an ack, in seconds: users who are there take milliseconds, others come back days
 /// later.
@@ -144,6 +148,8 @@ pub struct Metrics {
     store_conflicts: Counter,
     store_connections: Gauge,
     dependencies: Dependencies,
+    /// Of what stands before the dependencies.
+    pub(crate) breakers: Breakers,
     /// 1 while some router serves.
     pub(crate) router_up: Gauge,
 }
@@ -152,6 +158,8 @@ impl Metrics {
     /// Makes the metrics and registers them.
     pub fn register(registry: &mut Registry) -> Self {
         let dependencies = Dependencies::register(registry, "delivery");
+        let breakers = Breakers::register(registry, "delivery");
+        let _series = breakers.state("router");
         let (sends, publishes) = (by_code(), by_code());
         let relays = Family::<OutcomeLabel, Counter>::default();
         let relayed = Outcome::ALL
@@ -197,6 +205,7 @@ impl Metrics {
             store_connections: Gauge::default(),
             router_up: dependencies.of("router"),
             dependencies,
+            breakers,
         };
         metrics.register_calls(registry);
         metrics.register_inboxes(registry);
@@ -321,11 +330,11 @@ impl Metrics {
             let _series = self.store_calls.get_or_create(&label);
             let _series = self.store_failures.get_or_create(&label);
         }
-        let _series = self.store_up();
+        let _series = (self.store_up(), self.breakers.of(MONGODB));
     }
 
     fn store_up(&self) -> Gauge {
-        self.dependencies.of("mongodb")
+        self.dependencies.of(MONGODB)
     }
 
     /// One user's result of a send; `code` is an error code or `ok`.

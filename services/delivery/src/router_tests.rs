@@ -100,6 +100,7 @@ impl Two {
             connect_timeout: TIMEOUT,
             ready: None,
             up: None,
+            breaker: None,
             metrics: &PeerMetrics::register(&mut Registry::default(), "delivery", &["router"]),
         };
         let router = Router::new(PeerPool::start(options, &context).unwrap());

@@ -134,6 +134,7 @@ fn start_upstream(
         ready: None,
         // That one serves is not enough: the edge must be attached, which the link knows.
         up: None,
+        breaker: Some(common.metrics.router_breaker.clone()),
         metrics: peers,
     };
     let delivery = PoolOptions {
@@ -145,6 +146,7 @@ fn start_upstream(
         lanes: 2,
         ready: Some(ready("edge: delivery")),
         up: Some(common.metrics.delivery_up.clone()),
+        breaker: Some(common.metrics.delivery_breaker.clone()),
         ..router
     };
     let (router, delivery) = (PeerPool::start(router, context)?, PeerPool::start(delivery, context)?);

@@ -6,6 +6,7 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 use sanjay_protocol::CloseCode;
+use sanjay_resilience::Breakers;
 use sanjay_runtime::{
     grpc::PeerMetrics,
     metrics::{Dependencies, latency},
@@ -95,6 +96,10 @@ pub struct Metrics {
     pub router_up: Gauge,
     /// 1 while some delivery node serves.
     pub delivery_up: Gauge,
+    /// 0 while some router serves, else 2.
+    pub router_breaker: Gauge,
+    /// Likewise for delivery nodes.
+    pub delivery_breaker: Gauge,
 }
 
 impl Metrics {
@@ -102,6 +107,7 @@ impl Metrics {
     #[must_use]
     pub fn register(registry: &mut Registry) -> Self {
         let dependencies = Dependencies::register(registry, "edge");
+        let breakers = Breakers::register_states(registry, "edge");
         let latencies = Family::<KindLabel, Histogram>::new_with_constructor(latency);
         let of_kind = |kind| latencies.get_or_create_owned(&KindLabel { kind });
         let metrics = Self {
@@ -133,6 +139,8 @@ impl Metrics {
             attached: Gauge::default(),
             router_up: dependencies.of("router"),
             delivery_up: dependencies.of("delivery"),
+            router_breaker: breakers.state("router"),
+            delivery_breaker: breakers.state("delivery"),
         };
         metrics.register_connections(registry);
         metrics.register_messages(registry);

@@ -5,6 +5,7 @@ use std::{error::Error as _, time::Duration};
 use sanjay_proto::delivery::v1;
 use sanjay_protocol::{ErrorBody, ErrorCode};
 use tonic::{Code, ConnectError, Status};
+use tonic_types::StatusExt as _;
 
 /// Why a call failed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -50,27 +51,31 @@ pub(crate) struct Failure {
     pub(crate) not_sent: bool,
     /// It may have been carried out: only what is idempotent may be repeated.
     pub(crate) unknown: bool,
+    /// The server said that nothing earlier is of use (`google.rpc.RetryInfo`).
+    pub(crate) retry_after: Option<Duration>,
 }
 
 impl Failure {
     pub(crate) fn timeout(within: Duration) -> Self {
-        Self { error: BackendError::Timeout(within), not_sent: false, unknown: true }
+        Self { error: BackendError::Timeout(within), not_sent: false, unknown: true, retry_after: None }
     }
 
     pub(crate) fn from_status(status: &Status, endpoint: &str, within: Duration) -> Self {
         if let Some(reason) = connect_error(status) {
             let error = BackendError::Unreachable { endpoint: endpoint.to_owned(), reason };
-            return Self { error, not_sent: true, unknown: false };
+            return Self { error, not_sent: true, unknown: false, retry_after: None };
         }
         let message = status.message().to_owned();
+        let retry_after = status.get_details_retry_info().and_then(|info| info.retry_delay);
+        let retry_after_ms = retry_after.map(|after| u32::try_from(after.as_millis()).unwrap_or(u32::MAX));
         let refused = |code| {
-            let error = BackendError::Refused(ErrorBody::new(code, message.clone()));
-            Self { error, not_sent: false, unknown: false }
+            let body = ErrorBody { retry_after_ms, ..ErrorBody::new(code, message.clone()) };
+            Self { error: BackendError::Refused(body), not_sent: false, unknown: false, retry_after }
         };
         match status.code() {
             Code::Unauthenticated => {
                 let error = BackendError::WrongKey { endpoint: endpoint.to_owned(), reason: message };
-                Self { error, not_sent: false, unknown: false }
+                Self { error, not_sent: false, unknown: false, retry_after }
             }
             Code::InvalidArgument | Code::OutOfRange => refused(ErrorCode::BadRequest),
             Code::PermissionDenied => refused(ErrorCode::Forbidden),
@@ -81,7 +86,10 @@ impl Failure {
             Code::Unimplemented => refused(ErrorCode::UnknownCommand),
             // A client's own deadline ends as `cancelled`.
             Code::DeadlineExceeded | Code::Cancelled => Self::timeout(within),
-            _ => Self { error: BackendError::Broken(plain(status)), not_sent: false, unknown: true },
+            _ => {
+                let error = BackendError::Broken(plain(status));
+                Self { error, not_sent: false, unknown: true, retry_after }
+            }
         }
     }
 }
@@ -131,6 +139,20 @@ pub(crate) fn body(error: v1::Error) -> ErrorBody {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_hint_of_the_server_is_kept() {
+        let after = Duration::from_millis(1_250);
+        let details = tonic_types::ErrorDetails::with_retry_info(Some(after));
+        let status = |code| Status::with_error_details(code, "later", details.clone());
+        let failure = Failure::from_status(&status(Code::Unavailable), "http://here", Duration::ZERO);
+        assert_eq!((failure.unknown, failure.retry_after), (true, Some(after)));
+        let failure = Failure::from_status(&status(Code::ResourceExhausted), "http://here", Duration::ZERO);
+        let BackendError::Refused(body) = failure.error else { panic!("{:?}", failure.error) };
+        assert_eq!((body.code, body.retry_after_ms), (ErrorCode::RateLimited, Some(1_250)));
+        let failure = Failure::from_status(&Status::unavailable("away"), "http://here", Duration::ZERO);
+        assert_eq!(failure.retry_after, None);
+    }
 
     #[test]
     fn only_a_failed_connect_is_known_not_to_be_sent() {

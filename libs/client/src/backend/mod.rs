@@ -340,7 +340,7 @@ impl Backend {
             if failure.not_sent || failure.unknown {
                 self.servers.leave(index);
             }
-            let delay = self.delay(attempts);
+            let delay = self.delay(attempts, failure.retry_after);
             let allowed = failure.not_sent || (idempotent && failure.unknown);
             if !allowed || Instant::now() + delay >= until {
                 return Err(failure.error);
@@ -351,13 +351,17 @@ impl Backend {
         }
     }
 
-    /// How long to wait after this attempt failed: not at all before each server had its turn.
-    fn delay(&self, attempt: u32) -> Duration {
+    /// How long to wait after this attempt failed: not at all before each server had its turn, then longer and longer,
+    /// and not less than the server asked for.
+    fn delay(&self, attempt: u32, hint: Option<Duration>) -> Duration {
         let count = self.servers.count();
         if !(attempt + 1).is_multiple_of(count) {
             return Duration::ZERO;
         }
-        backoff::retry(attempt / count, None, RETRY_BASE, RETRY_CAP, self.options.jitter.fraction())
+        let delay = |hint| {
+            backoff::retry(attempt / count, hint, RETRY_BASE, RETRY_CAP, self.options.jitter.fraction())
+        };
+        hint.map_or(Duration::ZERO, |hint| delay(Some(hint))).max(delay(None))
     }
 }
 

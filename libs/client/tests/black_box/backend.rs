@@ -3,7 +3,7 @@ use std::{
     net::SocketAddr,
     pin::Pin,
     sync::{Arc, Mutex},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use futures::{Stream, StreamExt};
@@ -22,7 +22,8 @@ use sanjay_proto::delivery::v1::{
 };
 use tokio::net::TcpListener;
 use tokio_stream::wrappers::TcpListenerStream;
-use tonic::{Request, Response, Status, Streaming};
+use tonic::{Code, Request, Response, Status, Streaming};
+use tonic_types::{ErrorDetails, StatusExt as _};
 
 use crate::soon;
 
@@ -242,6 +243,18 @@ async fn a_key_makes_a_call_repeatable() {
     let refused = soon(backend.send(&["bob"], hi(), "key")).await;
     assert!(matches!(refused, Err(BackendError::Refused(e)) if e.code == ErrorCode::AlreadyExists));
     assert_eq!(fake.asked().len(), 1, "what is refused is not repeated");
+}
+
+#[tokio::test]
+async fn a_call_is_not_repeated_before_the_server_wants_it() {
+    let (fake, backend) = start().await;
+    let after = Duration::from_millis(400);
+    let details = ErrorDetails::with_retry_info(Some(after));
+    fake.next([Answer::Fail(Status::with_error_details(Code::Unavailable, "the store is away", details))]);
+    let began = Instant::now();
+    soon(backend.publish("news", hi(), "key")).await.unwrap();
+    assert!(began.elapsed() >= after, "{:?}", began.elapsed());
+    assert_eq!(fake.asked().len(), 2);
 }
 
 #[tokio::test]

@@ -28,6 +28,7 @@ use crate::{
     metrics::Metrics,
     path::Paths,
     publish::{Publish, Publisher},
+    store::{AppendError, StoreError},
 };
 
 /// Most that a send may ask for as time to live: ten years, so that every sum stays within bounds.
@@ -96,7 +97,7 @@ impl BackendApi {
         async move {
             let _timer = timer;
             match tokio::time::timeout(deadline, answer).await {
-                Ok(results) => Ok(SendResponse { results: results.into_iter().map(send_result).collect() }),
+                Ok(results) => send_response(results),
                 Err(_) => Err(Refusal::late(deadline)),
             }
         }
@@ -278,6 +279,20 @@ pub(super) fn checked_message_id(text: &str) -> Result<Uuid, Refusal> {
         let example = "01890a5d-ac96-774b-bcce-b302099a8057";
         Refusal::bad(format!("message_id {text:?} is not a UUID ({error}); write it like {example}"))
     })
+}
+
+/// A result for each user; one refusal when the store was away for all of them, so that nothing was tried.
+fn send_response(results: Vec<inbox::SendResult>) -> Result<SendResponse, Refusal> {
+    let away = |(_, result): &inbox::SendResult| match result {
+        Err(AppendError::Store(error @ StoreError::Away { .. })) => Some(error.clone()),
+        _ => None,
+    };
+    if let Some(all) = results.iter().map(away).collect::<Option<Vec<_>>>()
+        && let Some(error) = all.into_iter().next_back()
+    {
+        return Err(error.into());
+    }
+    Ok(SendResponse { results: results.into_iter().map(send_result).collect() })
 }
 
 fn send_result((user, result): inbox::SendResult) -> SendResult {

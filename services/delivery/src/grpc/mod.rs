@@ -15,6 +15,7 @@ pub(crate) use inbox::EdgeApi;
 use sanjay_proto::delivery::v1;
 use sanjay_protocol::{ErrorCode, names::NameError, payload::PayloadError};
 use tonic::{Code, Status};
+use tonic_types::{ErrorDetails, StatusExt as _};
 
 use crate::{
     publish::PublishError,
@@ -22,19 +23,26 @@ use crate::{
     store::{AppendError, StoreError},
 };
 
-/// When a caller should try again what failed for load or for a part that is away.
-const RETRY_AFTER_MS: u32 = 500;
+/// When a caller should try again what failed for load or for a part that is away, unless it is known better.
+const RETRY_AFTER: Duration = Duration::from_millis(500);
 
 /// A call, or one item of it, that was refused.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Refusal {
     code: ErrorCode,
     message: String,
+    /// When another try may be of use, where that is known.
+    retry_after: Option<Duration>,
 }
 
 impl Refusal {
     fn new(code: ErrorCode, message: impl Into<String>) -> Self {
-        Self { code, message: message.into() }
+        Self { code, message: message.into(), retry_after: None }
+    }
+
+    /// When to try again, where that may help at all.
+    fn retry_after(&self) -> Option<Duration> {
+        self.code.is_retryable().then(|| self.retry_after.unwrap_or(RETRY_AFTER))
     }
 
     fn bad(message: impl Into<String>) -> Self {
@@ -52,11 +60,10 @@ impl Refusal {
 
 impl From<RedriveError> for Refusal {
     fn from(error: RedriveError) -> Self {
-        let code = match &error {
-            RedriveError::NotFound(..) => ErrorCode::NotFound,
-            RedriveError::Store(error) => error.code(),
-        };
-        Self::new(code, error.to_string())
+        match error {
+            RedriveError::NotFound(..) => Self::new(ErrorCode::NotFound, error.to_string()),
+            RedriveError::Store(error) => error.into(),
+        }
     }
 }
 
@@ -78,13 +85,20 @@ impl From<PayloadError> for Refusal {
 
 impl From<AppendError> for Refusal {
     fn from(error: AppendError) -> Self {
-        Self::new(error.code(), error.to_string())
+        match error {
+            AppendError::Store(error) => error.into(),
+            error => Self::new(error.code(), error.to_string()),
+        }
     }
 }
 
 impl From<StoreError> for Refusal {
     fn from(error: StoreError) -> Self {
-        Self::new(error.code(), error.to_string())
+        let retry_after = match error {
+            StoreError::Away { retry_after } => Some(retry_after),
+            StoreError::Busy | StoreError::Unavailable(_) => None,
+        };
+        Self { retry_after, ..Self::new(error.code(), error.to_string()) }
     }
 }
 
@@ -110,18 +124,27 @@ impl From<Refusal> for Status {
             ErrorCode::AlreadySubscribed | ErrorCode::NotSubscribed => Code::FailedPrecondition,
             ErrorCode::Internal | ErrorCode::Unknown => Code::Internal,
         };
-        Status::new(code, refusal.message)
+        // `google.rpc.RetryInfo`, which clients of other languages know too.
+        match refusal.retry_after() {
+            Some(after) => {
+                let details = ErrorDetails::with_retry_info(Some(after));
+                Status::with_error_details(code, refusal.message, details)
+            }
+            None => Status::new(code, refusal.message),
+        }
     }
 }
 
 impl From<Refusal> for v1::Error {
     fn from(refusal: Refusal) -> Self {
-        let retryable = refusal.code.is_retryable();
+        let after = refusal.retry_after();
+        // 0 would say nothing.
+        let ms = |after: Duration| u32::try_from(after.as_millis()).unwrap_or(u32::MAX).max(1);
         v1::Error {
             code: refusal.code.as_str().to_owned(),
             message: refusal.message,
-            retryable,
-            retry_after_ms: if retryable { RETRY_AFTER_MS } else { 0 },
+            retryable: after.is_some(),
+            retry_after_ms: after.map_or(0, ms),
         }
     }
 }

@@ -191,12 +191,18 @@ pub enum Overflow {
     DeadLetterOldest,
 }
 
-/// Why the store did not do something. Both are worth trying again.
+/// Why the store did not do something. All are worth trying again.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum StoreError {
     /// Too much is waiting; nothing was done.
     #[error("the inbox store has too much to do; nothing was stored, try again in a moment")]
     Busy,
+    /// It is known to be away; nothing was done.
+    #[error("the inbox store does not answer at present; nothing was stored, try again in {} ms", .retry_after.as_millis())]
+    Away {
+        /// After how long another try may be of use.
+        retry_after: Duration,
+    },
     /// The store failed or is away; whether something was done is unknown.
     #[error("the inbox store is not available: {0}")]
     Unavailable(String),

@@ -63,6 +63,7 @@ impl Routers {
             connect_timeout: Duration::from_secs(1),
             ready: None,
             up: None,
+            breaker: None,
             metrics: &PeerMetrics::register(&mut Registry::default(), "edge", &["router"]),
         };
         let pool = PeerPool::start(options, &context).unwrap();

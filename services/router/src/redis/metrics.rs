@@ -12,7 +12,11 @@ use prometheus_client::{
     },
     registry::Registry,
 };
+use sanjay_resilience::Breakers;
 use sanjay_runtime::metrics::Dependencies;
+
+/// Redis, as metrics and logs name it.
+pub(crate) const REDIS: &str = "redis";
 
 /// Everything that is asked of Redis.
 const OPERATIONS: [&str; 16] = [
@@ -30,6 +34,8 @@ pub(crate) struct RedisMetrics {
     pub(crate) epochs: Counter,
     /// 1 while Redis answers.
     pub(crate) up: Gauge,
+    /// Of what stands before it.
+    pub(crate) breakers: Breakers,
     calls: Family<CallLabels, Counter>,
     seconds: Family<OperationLabels, Histogram, fn() -> Histogram>,
 }
@@ -51,6 +57,7 @@ impl Default for RedisMetrics {
             connects: Counter::default(),
             epochs: Counter::default(),
             up: Gauge::default(),
+            breakers: Breakers::default(),
             calls: Family::default(),
             // 100 µs to about 1.6 s: a call that takes longer is given up.
             seconds: Family::new_with_constructor(|| Histogram::new(exponential_buckets(1e-4, 2.0, 15))),
@@ -60,8 +67,10 @@ impl Default for RedisMetrics {
 
 impl RedisMetrics {
     pub(crate) fn register(registry: &mut Registry) -> Self {
-        let up = Dependencies::register(registry, "router").of("redis");
-        let metrics = Self { up, ..Self::default() };
+        let up = Dependencies::register(registry, "router").of(REDIS);
+        let breakers = Breakers::register(registry, "router");
+        let _series = breakers.of(REDIS);
+        let metrics = Self { up, breakers, ..Self::default() };
         let mut counter =
             |name: &str, help: &str, counter: &Counter| registry.register(name, help, counter.clone());
         counter("router_redis_connects", "Connections made to Redis", &metrics.connects);

@@ -67,6 +67,9 @@ pub struct PoolOptions<'a> {
     pub ready: Option<ReadinessFlag>,
     /// 1 while some peer serves, 0 while none does.
     pub up: Option<Gauge>,
+    /// What `dependency_breaker_state` shows: 0 while some peer serves, 2 while none does. A peer that does not serve is
+    /// left out like behind an open breaker, and its watch is the probe.
+    pub breaker: Option<Gauge>,
     /// Where is counted.
     pub metrics: &'a PeerMetrics,
 }
@@ -100,6 +103,7 @@ struct Shared {
     metrics: PoolMetrics,
     ready: Option<ReadinessFlag>,
     up: Option<Gauge>,
+    breaker: Option<Gauge>,
     /// Held while peers are counted, so that an older count does not replace a newer one.
     counting: Mutex<()>,
     random: SharedRandom,
@@ -152,6 +156,7 @@ impl PeerPool {
             metrics: options.metrics.of(options.peer),
             ready: options.ready,
             up: options.up,
+            breaker: options.breaker,
             counting: Mutex::default(),
             random: Arc::clone(&context.random),
             lifecycle: context.lifecycle.clone(),
@@ -328,6 +333,9 @@ impl Shared {
         self.metrics.healthy.set(i64::try_from(serving).unwrap_or(i64::MAX));
         if let Some(up) = &self.up {
             up.set(i64::from(serving > 0));
+        }
+        if let Some(breaker) = &self.breaker {
+            breaker.set(if serving > 0 { 0 } else { 2 });
         }
         if let Some(ready) = self.ready.as_ref().filter(|_| serving > 0) {
             ready.set(true);

@@ -154,6 +154,7 @@ fn options<'a>(endpoints: &'a Endpoints, metrics: &'a PeerMetrics) -> PoolOption
         connect_timeout: Duration::from_secs(1),
         ready: None,
         up: None,
+        breaker: None,
         metrics,
     }
 }

@@ -23,7 +23,7 @@ use crate::{
 const MIN_VERSION: (i64, i64) = (8, 0);
 
 /// Most connections to one server.
-const MAX_POOL: u32 = 64;
+pub(super) const MAX_POOL: u32 = 64;
 
 /// How long opening the database may take.
 const OPEN: Duration = Duration::from_secs(10);

@@ -1,8 +1,9 @@
-//! The calls to the database: each with a deadline, counted, and with an outcome for each write.
+//! The calls to the database: each with a deadline, counted, refused while the database is away, and with an outcome
+//! for each write.
 
 use std::{future::IntoFuture, sync::Arc, time::Duration};
 
-use futures::TryStreamExt;
+use futures::{FutureExt, TryStreamExt, future::BoxFuture};
 use mongodb::{
     Client, Collection, Cursor, Namespace,
     bson::{Document, doc},
@@ -10,12 +11,14 @@ use mongodb::{
     options::{FindOptions, InsertOneModel, UpdateModifications, UpdateOneModel, WriteModel},
     results::VerboseBulkWriteResult,
 };
+use sanjay_resilience::{CallError, Policy, Probes, Refused, Rules, Settings, keep_probing};
 use sanjay_runtime::clock::SharedClock;
 use serde::de::DeserializeOwned;
-use tokio::time::{Instant, timeout};
+use tokio::time::Instant;
 
+use super::connect::MAX_POOL;
 use crate::{
-    metrics::{Metrics, StoreOperation},
+    metrics::{MONGODB, Metrics, StoreOperation},
     store::StoreError,
 };
 
@@ -24,6 +27,28 @@ pub(super) const CALL: Duration = Duration::from_secs(3);
 
 /// After how long the server gives up a read.
 const MAX_TIME: Duration = Duration::from_millis(2_500);
+
+/// When calls are refused, and how many there may be. Lanes, reads and upkeep together make about thirty at once; the
+/// bound is the driver's number of connections, beyond which a call would wait for one anyway. Four failures are a second
+/// or two of a server that is gone, and one change of the primary, which all lanes meet, at most. Nobody's message is a
+/// probe: against a server that hangs it would be told so only at its deadline.
+const SETTINGS: Settings = Settings {
+    rules: Rules {
+        window: 10,
+        minimum: 4,
+        share: 0.5,
+        fresh: Duration::from_secs(30),
+        pause: Duration::from_millis(500),
+    },
+    probes: Probes::Own,
+    running: MAX_POOL as usize,
+    waiting: MAX_POOL as usize,
+};
+
+/// The server's codes for being no primary, shutting down, not reaching others or not being done in time: it is there,
+/// and cannot serve. The first are those that drivers retry, by the specification of retryable writes.
+const CANNOT_SERVE: [i32; 18] =
+    [6, 7, 89, 91, 134, 189, 262, 9_001, 10_058, 10_107, 11_600, 11_602, 13_435, 13_436, 50, 64, 100, 462];
 
 /// The server's code for a second document with the same `_id`.
 const DUPLICATE_KEY: i32 = 11_000;
@@ -44,6 +69,13 @@ pub(super) struct Database {
     /// The time that all nodes have in common.
     pub(super) clock: SharedClock,
     pub(super) metrics: Metrics,
+    /// What every call goes through, but for those that ask for the time.
+    pub(super) policy: Arc<Policy>,
+}
+
+/// The policy of the database.
+pub(super) fn policy(metrics: &Metrics) -> Arc<Policy> {
+    Arc::new(Policy::new(MONGODB, SETTINGS, &metrics.breakers))
 }
 
 /// What became of one write.
@@ -107,13 +139,40 @@ impl Database {
         call: impl IntoFuture<Output = mongodb::error::Result<T>>,
     ) -> Result<T, StoreError> {
         let began = Instant::now();
-        let result = match timeout(deadline, call.into_future()).await {
-            Ok(Ok(answer)) => Ok(answer),
-            Ok(Err(error)) => Err(StoreError::Unavailable(describe(&error))),
-            Err(_) => Err(StoreError::Unavailable(format!("no answer within {} s", deadline.as_secs()))),
+        let result = self.policy.call(deadline, call, is_outage).await;
+        self.measure(operation, began, &result, result.is_ok());
+        // Also where it was not made: whoever asks for several things does not know of which this is said.
+        result.map_err(|error| StoreError::Unavailable(problem(&error)))
+    }
+
+    /// Measures a call that was made.
+    fn measure<T>(
+        &self,
+        operation: StoreOperation,
+        began: Instant,
+        result: &Result<T, CallError<Error>>,
+        ok: bool,
+    ) {
+        if !matches!(result, Err(CallError::Refused(Refused::Open { .. } | Refused::Full))) {
+            self.metrics.store_call(operation, began.elapsed(), ok);
+        }
+    }
+
+    /// Probes while calls are refused, as long as somebody has the database. It is a write that changes nothing, which
+    /// needs a primary and a majority, like those that are refused meanwhile.
+    pub(super) fn probing(&self) -> BoxFuture<'static, ()> {
+        let (nodes, me, metrics) = (self.nodes.clone(), self.node.to_string(), self.metrics.clone());
+        let probe = move || {
+            let (nodes, me, metrics) = (nodes.clone(), me.clone(), metrics.clone());
+            async move {
+                let began = Instant::now();
+                let touch = doc! { "$unset": { "probe": "" } };
+                let result = nodes.update_one(doc! { "_id": me }, touch).await;
+                metrics.store_call(StoreOperation::Claim, began.elapsed(), result.is_ok());
+                result
+            }
         };
-        self.metrics.store_call(operation, began.elapsed(), result.is_ok());
-        result
+        keep_probing(Arc::downgrade(&self.policy), CALL, probe, is_outage).boxed()
     }
 
     /// Writes independently of each other; the outcomes are in the order of the writes.
@@ -124,13 +183,15 @@ impl Database {
         }
         let began = Instant::now();
         let bulk = self.client.bulk_write(models).ordered(false).verbose_results();
-        let outcomes = match timeout(CALL, bulk.into_future()).await {
-            Ok(Ok(result)) => (0..count).map(|index| outcome_of(&result, index)).collect(),
-            Ok(Err(error)) => failed(&error, count),
-            Err(_) => vec![Outcome::Unknown(format!("no answer within {} s", CALL.as_secs())); count],
+        let result = self.policy.call(CALL, bulk, is_outage).await;
+        let outcomes: Vec<Outcome> = match &result {
+            Ok(result) => (0..count).map(|index| outcome_of(result, index)).collect(),
+            Err(CallError::Failed(error)) => failed(error, count),
+            // Looked up like any other, also where it was not made: one way out of doubt is enough.
+            Err(error @ CallError::Refused(_)) => vec![Outcome::Unknown(problem(error)); count],
         };
         let known = outcomes.iter().all(|outcome| !matches!(outcome, Outcome::Unknown(_)));
-        self.metrics.store_call(operation, began.elapsed(), known);
+        self.measure(operation, began, &result, known);
         outcomes
     }
 
@@ -224,6 +285,33 @@ pub(super) fn update_of(
     let model = UpdateOneModel::builder().namespace(namespace).filter(filter).update(update);
     // Left out where it is the default: it would go with each of many writes.
     WriteModel::UpdateOne(if upsert { model.upsert(true).build() } else { model.build() })
+}
+
+/// Whether an error says that the database is away, or cannot serve; not that it looked at a command and refused it.
+fn is_outage(error: &Error) -> bool {
+    let inner = || {
+        let source = std::error::Error::source(error)?;
+        source.downcast_ref::<Error>().map(is_outage)
+    };
+    match &*error.kind {
+        ErrorKind::Io(_)
+        | ErrorKind::ServerSelection { .. }
+        | ErrorKind::ConnectionPoolCleared { .. }
+        | ErrorKind::DnsResolve { .. }
+        | ErrorKind::Authentication { .. } => true,
+        ErrorKind::Command(error) => CANNOT_SERVE.contains(&error.code),
+        ErrorKind::Write(WriteFailure::WriteConcernError(_)) => true,
+        ErrorKind::BulkWrite(bulk) => !bulk.write_concern_errors.is_empty() || inner().unwrap_or(false),
+        _ => false,
+    }
+}
+
+/// What went wrong, for a caller and the log.
+fn problem(error: &CallError<Error>) -> String {
+    match error {
+        CallError::Failed(error) => describe(error),
+        CallError::Refused(refused) => refused.to_string(),
+    }
 }
 
 fn outcome_of(result: &VerboseBulkWriteResult, index: usize) -> Outcome {

@@ -145,9 +145,12 @@ impl MongoStore {
             store_id: opened.store_id,
             node: format!("{:016x}", options.random.next_u64()).into(),
             clock,
+            policy: database::policy(&options.metrics),
             metrics: options.metrics.clone(),
         };
-        let queue = Queue::new((0..LANES).map(|_| start_lane(&database, &options, tuning.bounds)));
+        tokio::spawn(database.probing());
+        let lanes = (0..LANES).map(|_| start_lane(&database, &options, tuning.bounds));
+        let queue = Queue::new(lanes, database.policy.clone());
         Ok(Self {
             database,
             queue,

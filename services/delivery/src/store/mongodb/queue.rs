@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use sanjay_resilience::{Policy, Refused};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 use super::{
@@ -22,19 +23,25 @@ pub(super) struct Queue {
     lanes: Arc<[mpsc::Sender<Queued>]>,
     pub(super) queued: Arc<Semaphore>,
     queued_kib: Arc<Semaphore>,
+    policy: Arc<Policy>,
 }
 
 impl Queue {
-    pub(super) fn new(lanes: impl Iterator<Item = mpsc::Sender<Queued>>) -> Self {
+    pub(super) fn new(lanes: impl Iterator<Item = mpsc::Sender<Queued>>, policy: Arc<Policy>) -> Self {
         Self {
             lanes: lanes.collect(),
             queued: Arc::new(Semaphore::new(MAX_QUEUED)),
             queued_kib: Arc::new(Semaphore::new(MAX_QUEUED_KIB)),
+            policy,
         }
     }
 
-    /// Places for so much work, or a refusal when there are too few.
+    /// Places for so much work, or a refusal when there are too few, or the database is known to be away: what would
+    /// only wait for its deadline is not taken. Work that was taken before stays, until it is known what became of it.
     pub(super) fn places(&self, items: usize, bytes: usize) -> Result<Vec<OwnedSemaphorePermit>, StoreError> {
+        if let Err(Refused::Open { retry_after }) = self.policy.check() {
+            return Err(StoreError::Away { retry_after });
+        }
         let take = |semaphore: &Arc<Semaphore>, count: usize, all: usize| {
             // One call larger than the whole queue is let in when the queue is empty.
             let count = u32::try_from(count.min(all)).unwrap_or(u32::MAX);

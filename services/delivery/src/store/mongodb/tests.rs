@@ -23,6 +23,7 @@ use crate::{
     },
 };
 
+mod away;
 mod ending;
 mod failing;
 mod faults;

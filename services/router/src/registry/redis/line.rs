@@ -12,14 +12,12 @@ use std::{
 };
 
 use redis::{AsyncConnectionConfig, Client, Pipeline, RedisResult, Value, aio::MultiplexedConnection};
-use tokio::{
-    sync::Mutex,
-    time::{Instant, timeout},
-};
+use sanjay_resilience::{CallError, Refused};
+use tokio::{sync::Mutex, time::Instant};
 
 use super::{
     pool::Script,
-    server::{Known, describe, timed_out},
+    server::{Known, describe, is_outage, timed_out},
 };
 use crate::{
     redis::{Server, connect},
@@ -96,15 +94,21 @@ impl Line {
         {
             return Err(error.clone());
         }
-        let made = timeout(self.known.config.timeout, self.make()).await;
-        match made.unwrap_or_else(|_| Err(timed_out())) {
+        match self.known.policy.call_at_once(self.known.config.timeout, self.make(), is_outage).await {
             Ok(open) => {
                 let open = Arc::new(open);
                 *state = State { open: Some(Arc::clone(&open)), failed: None };
                 Ok(open)
             }
             Err(error) => {
-                let error = self.known.failed(&format!("cannot connect: {}", describe(&error)));
+                let problem = match error {
+                    CallError::Failed(error) => format!("cannot connect: {}", describe(&error)),
+                    CallError::Refused(Refused::Late(_)) => {
+                        format!("cannot connect: {}", describe(&timed_out()))
+                    }
+                    CallError::Refused(refused) => refused.to_string(),
+                };
+                let error = self.known.failed(&problem);
                 state.failed = Some((Instant::now(), error.clone()));
                 Err(error)
             }
@@ -143,19 +147,12 @@ impl Line {
         let began = Instant::now();
         let mut connection = open.connection.clone();
         let sending = connection.send_packed_commands(pipeline, 0, pipeline.len());
-        let result = timeout(self.known.config.timeout, sending).await.unwrap_or_else(|_| Err(timed_out()));
-        self.known.metrics.call(operation, result.is_ok(), began.elapsed());
-        match result {
-            Ok(values) => {
-                self.known.worked();
-                Ok(values)
-            }
-            Err(error) => {
-                // What was sent may still be carried out, but nothing that is sent from now on waits behind it.
-                open.give_up();
-                Err(self.known.failed(&describe(&error)))
-            }
+        let result = self.known.policy.call_at_once(self.known.config.timeout, sending, is_outage).await;
+        if matches!(result, Err(CallError::Failed(_) | CallError::Refused(Refused::Late(_)))) {
+            // What was sent may still be carried out, but nothing that is sent from now on waits behind it.
+            open.give_up();
         }
+        self.known.settled(operation, began.elapsed(), result)
     }
 }
 

@@ -20,6 +20,7 @@ use anyhow::Context as _;
 use async_trait::async_trait;
 use redis::{Pipeline, from_redis_value};
 use sanjay_proto::router::v1::NewPublication;
+use sanjay_resilience::State;
 use sanjay_runtime::{clock::SharedClock, random::SharedRandom};
 use tokio::time::timeout;
 
@@ -180,6 +181,11 @@ impl Registry for RedisRegistry {
     }
 
     async fn maintain(&self) -> Result<(), RegistryError> {
+        if self.known.policy.state() != State::Closed {
+            // The first finds out whether Redis is back; the second would only be refused meanwhile.
+            self.line.probe().await?;
+            return self.sessions.maintain().await;
+        }
         let (probed, maintained) = tokio::join!(self.line.probe(), self.sessions.maintain());
         probed.and(maintained)
     }

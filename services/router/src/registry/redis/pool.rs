@@ -8,13 +8,13 @@ use redis::{
     ErrorKind, FromRedisValue, Pipeline, RedisError, RedisResult, ServerErrorKind, ToRedisArgs, Value,
     aio::MultiplexedConnection,
 };
-use tokio::time::{Instant, timeout};
+use tokio::time::Instant;
 
-use super::server::{Known, describe, timed_out};
+use super::server::{Known, is_outage, timed_out};
 use crate::{redis::Server, registry::RegistryError};
 
 /// Connections of one router for calls. Calls wait for one when all are taken.
-const CONNECTIONS: usize = 16;
+pub(super) const CONNECTIONS: usize = 16;
 
 /// A script with its digest, by which it is called.
 pub(super) struct Script {
@@ -125,15 +125,8 @@ impl Pool {
         run: impl Future<Output = RedisResult<T>>,
     ) -> Result<T, RegistryError> {
         let began = Instant::now();
-        let result = timeout(self.timeout, run).await.unwrap_or_else(|_| Err(timed_out()));
-        self.known.metrics.call(operation, result.is_ok(), began.elapsed());
-        match result {
-            Ok(answer) => {
-                self.known.worked();
-                Ok(answer)
-            }
-            Err(error) => Err(self.known.failed(&describe(&error))),
-        }
+        let result = self.known.policy.call(self.timeout, Box::pin(run), is_outage).await;
+        self.known.settled(operation, began.elapsed(), result)
     }
 }
 

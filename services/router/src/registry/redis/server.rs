@@ -3,13 +3,36 @@
 use std::{sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
-use redis::{ErrorKind, RedisError};
+use redis::{ErrorKind, RedisError, ServerErrorKind};
+use sanjay_resilience::{CallError, Policy, Probes, Refused, Rules, Settings};
 use tokio::time::Instant;
 
+use super::pool::CONNECTIONS;
 use crate::{
     outage::Outage,
-    redis::{RedisConfig, Server, keys::Keys, metrics::RedisMetrics},
+    redis::{
+        RedisConfig, Server,
+        keys::Keys,
+        metrics::{REDIS, RedisMetrics},
+    },
     registry::RegistryError,
+};
+
+/// When calls are refused, and how many there may be. Four failures are a second of a server that hangs, whose lanes and
+/// upkeep meet their time-outs together. Any call probes: none takes longer than the time-out. Calls over the pool have a
+/// connection each, and more wait than a time-out's worth of them could be carried out for; what goes over the one line is
+/// bounded by its lanes.
+const SETTINGS: Settings = Settings {
+    rules: Rules {
+        window: 10,
+        minimum: 4,
+        share: 0.5,
+        fresh: Duration::from_secs(30),
+        pause: Duration::from_millis(500),
+    },
+    probes: Probes::AnyCall,
+    running: CONNECTIONS,
+    waiting: 1_024,
 };
 
 /// Shared by everything that speaks to the server.
@@ -18,6 +41,8 @@ pub(super) struct Known {
     pub(super) keys: Keys,
     pub(super) metrics: RedisMetrics,
     pub(super) lease: Duration,
+    /// What every call of the registry goes through.
+    pub(super) policy: Policy,
     state: Mutex<State>,
     /// Of the server.
     outage: Outage,
@@ -38,6 +63,7 @@ struct State {
 impl Known {
     pub(super) fn new(config: RedisConfig, keys: Keys, metrics: RedisMetrics, lease: Duration) -> Self {
         Self {
+            policy: Policy::new(REDIS, SETTINGS, &metrics.breakers),
             config,
             keys,
             metrics,
@@ -83,6 +109,30 @@ impl Known {
             tracing::warn!(redis = address, problem, "Redis does not answer; nothing works that needs it");
         }
         self.unavailable(problem)
+    }
+
+    /// Notes what became of a call through [`Self::policy`]; returns what a caller is told.
+    pub(super) fn settled<T>(
+        &self,
+        operation: &'static str,
+        took: Duration,
+        result: Result<T, CallError<RedisError>>,
+    ) -> Result<T, RegistryError> {
+        let made = !matches!(result, Err(CallError::Refused(Refused::Open { .. } | Refused::Full)));
+        if made {
+            self.metrics.call(operation, result.is_ok(), took);
+        }
+        match result {
+            Ok(answer) => {
+                self.worked();
+                Ok(answer)
+            }
+            Err(CallError::Failed(error)) => Err(self.failed(&describe(&error))),
+            Err(CallError::Refused(Refused::Late(_))) => Err(self.failed(&describe(&timed_out()))),
+            // Who is not asked may have lost what was recorded, like who does not answer.
+            Err(CallError::Refused(refused @ Refused::Open { .. })) => Err(self.failed(&refused.to_string())),
+            Err(CallError::Refused(Refused::Full)) => Err(self.unavailable("too many calls wait for it")),
+        }
     }
 
     /// Notes that the server carried out a call about a channel.
@@ -142,6 +192,17 @@ pub(super) fn describe(error: &RedisError) -> String {
         (_, Some("OOM")) => "its memory is full; raise its `maxmemory`".to_owned(),
         _ => error.to_string(),
     }
+}
+
+/// Whether an error says that the server is away, or cannot serve; not that it looked at a command and refused it.
+pub(super) fn is_outage(error: &RedisError) -> bool {
+    use ServerErrorKind::{BusyLoading, ClusterDown, MasterDown, ReadOnly};
+    let cannot_serve = [BusyLoading, ClusterDown, MasterDown, ReadOnly].map(ErrorKind::Server);
+    error.is_timeout()
+        || error.is_io_error()
+        || error.is_connection_dropped()
+        || error.kind() == ErrorKind::AuthenticationFailed
+        || cannot_serve.contains(&error.kind())
 }
 
 /// What a call that did not end in time failed of.

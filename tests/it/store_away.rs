@@ -48,7 +48,7 @@ impl BackEnd {
     /// One user's result, and how long it took. An error for the user is one as if it were the call's.
     async fn send(&self, user: &str) -> (Result<Accepted, Status>, Duration) {
         let users = vec![user.to_owned()];
-        let request = SendRequest { users, payload: payload(), dedupe_key: String::new() };
+        let request = SendRequest { users, payload: payload(), ..SendRequest::default() };
         let (began, mut client) = (Instant::now(), self.0.clone());
         let result = client.send(with_key(request)).await.map(|sent| {
             match sent.into_inner().results.remove(0).result.expect("a result") {

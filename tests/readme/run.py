@@ -1,15 +1,4 @@
-"""Runs the README's tour as it is printed, and compares what comes out.
-
-Conventions of the README's fenced blocks:
-
-- A `console` block begins with `# terminal N`. Terminals are shells of their own in one directory.
-- `$ command` is typed there once the terminal's last command has ended; it must end with status 0.
-- Lines below a command are its output. A block without a command goes on with the output of the one that still runs.
-- `^C` is typed at the command that still runs. How that one ends is then its own business.
-- `…` stands for anything within a line; a line that is `…` alone stands for any number of lines. When it is the last
-  one, more may follow later, and how the command ends does not matter either.
-- A UUID stands for the first one seen in its place, in later commands too.
-- `text` blocks are pictures. Every other block must be one of SKIPPED, so that nothing goes unrun by accident.
+"""Runs the README's tour as it is printed, and compares what comes out; tour.py has the conventions.
 
 Two things differ from a reader's machine: `cargo run --release -- X` runs the binary under test (`SANJAY_BIN`), which
 `target/release/sanjay` names too, and a server gets free ports instead of 8080 to 8083.
@@ -18,277 +7,33 @@ The last line is "N passed, N failed"; the exit status is 1 when a step failed.
 """
 
 import argparse
-import os
 import pathlib
-import re
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
-import threading
-import time
-from dataclasses import dataclass, field
+
+from tour import FREE_PORTS, Tour, binary_under_test, reader_environment, walk
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CARGO_RUN = "cargo run --release -- "
-FREE_PORTS = " ".join(f"--{name} 127.0.0.1:0" for name in ("listen", "admin-listen", "delivery-listen", "router-listen"))
 # This file is run by the second one; the first builds the release binary.
 SKIPPED = {("sh", "cargo run --release -- standalone\ntests/run\n")}
-UUID = re.compile(r"\b[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\b")
-PORT = re.compile(r":808[0-3]\b")
-INTERRUPT = "^C"
-
-# Reads commands from a descriptor of their own, so that what they start has no input: nobody types into it.
-SHELL = r"""
-trap : INT
-while IFS= read -r -u "$COMMANDS" line; do
-    eval "$line"
-    printf '%s %s\n' "$MARK" "$?"
-done
-"""
 
 
-class Failure(Exception):
-    """A step did not do what the README says."""
-
-
-@dataclass
-class Step:
-    """What is typed into a terminal, if anything, and what must appear there."""
-
-    terminal: str
-    typed: str | None
-    line: int
-    expected: list[str] = field(default_factory=list)
-
-    @property
-    def open_ended(self) -> bool:
-        return bool(self.expected) and self.expected[-1] == "…"
-
-
-def parse(text: str) -> list[Step]:
-    """The steps of every fenced block, in order."""
-    steps: list[Step] = []
-    block = None
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.startswith("```"):
-            if block is not None:
-                block[2].append((number, line))
-        elif block is None:
-            block = (line[3:].strip(), number, [])
-        else:
-            steps += parse_block(*block)
-            block = None
-    if block is not None:
-        raise Failure(f"line {block[1]}: the block does not end")
-    return steps
-
-
-def parse_block(language: str, start: int, lines: list[tuple[int, str]]) -> list[Step]:
-    body = "".join(line + "\n" for _, line in lines)
-    if language == "text" or (language, body) in SKIPPED:
-        return []
-    title = re.fullmatch(r"# terminal (\d+)", lines[0][1]) if lines else None
-    if language != "console" or title is None:
-        raise Failure(f"line {start}: neither a terminal's block nor one that is known to be skipped:\n{body}")
-    steps: list[Step] = []
-    for number, line in lines[1:]:
-        if line.startswith("$ ") or line == INTERRUPT:
-            steps.append(Step(title[1], line.removeprefix("$ "), number))
-        else:
-            if not steps:
-                steps.append(Step(title[1], None, number))
-            steps[-1].expected.append(line)
-    return steps
-
-
-class Terminal:
-    """A shell in a session of its own, with what its current command has printed."""
-
-    def __init__(self, directory: str, environment: dict[str, str]):
-        self.mark = f"mark-{os.urandom(8).hex()}"
-        commands, self.commands = os.pipe()
-        self.process = subprocess.Popen(
-            ["bash", "--noprofile", "--norc", "-c", SHELL, "terminal"],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            pass_fds=(commands,),
-            start_new_session=True,
-            cwd=directory,
-            env=environment | {"MARK": self.mark, "COMMANDS": str(commands)},
-        )
-        os.close(commands)
-        self.changed = threading.Condition()
-        self.output = ""
-        self.status: int | None = 0
-        self.last: Step | None = None
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self) -> None:
-        pending = b""
-        mark = re.compile(re.escape(self.mark.encode()) + rb" (\d+)\n")
-        while chunk := os.read(self.process.stdout.fileno(), 65536):
-            pending += chunk
-            with self.changed:
-                if found := mark.search(pending):
-                    self.output += pending[: found.start()].decode(errors="replace")
-                    pending = pending[found.end() :]
-                    self.status = int(found[1])
-                elif self.mark.encode() not in pending:
-                    # Only whole lines, so that a mark is never taken for output.
-                    end = pending.rfind(b"\n") + 1
-                    self.output += pending[:end].decode(errors="replace")
-                    pending = pending[end:]
-                self.changed.notify_all()
-        with self.changed:
-            self.output += pending.decode(errors="replace")
-            self.status = -1 if self.status is None else self.status
-            self.changed.notify_all()
-
-    def wait(self, condition, seconds: float) -> bool:
-        deadline = time.monotonic() + seconds
-        with self.changed:
-            while not condition():
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    return False
-                self.changed.wait(left)
-        return True
-
-    def type(self, command: str) -> None:
-        self.output, self.status = "", None
-        os.write(self.commands, (command + "\n").encode())
-
-    def interrupt(self) -> None:
-        os.killpg(self.process.pid, signal.SIGINT)
-
-    def close(self) -> None:
-        # The session's group holds the shell and all that it started.
-        try:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        self.process.wait()
-        os.close(self.commands)
-
-
-class Tour:
-    """Runs steps and remembers what stands for what."""
-
-    def __init__(self, directory: str, environment: dict[str, str], seconds: float):
-        self.directory, self.environment, self.seconds = directory, environment, seconds
-        self.terminals: dict[str, Terminal] = {}
-        self.known: dict[str, str] = {}
-
-    def terminal(self, name: str) -> Terminal:
-        if name not in self.terminals:
-            self.terminals[name] = Terminal(self.directory, self.environment)
-        return self.terminals[name]
-
-    def run(self, step: Step) -> None:
-        terminal = self.terminal(step.terminal)
-        if step.typed == INTERRUPT:
-            if terminal.status is not None:
-                raise Failure(f"there is nothing to interrupt:\n{terminal.output}")
-            terminal.interrupt()
-            if not terminal.wait(lambda: terminal.status is not None, self.seconds):
-                raise Failure(f"it did not end within {self.seconds} s of ^C")
-        elif step.typed is not None:
-            self.finish(terminal)
-            terminal.type(self.command(step.typed))
-        self.expect(terminal, step)
-        terminal.last = step
+class Readme(Tour):
+    """A reader who has built the release binary."""
 
     def command(self, typed: str) -> str:
-        typed = UUID.sub(lambda found: self.known.get(found[0], found[0]), typed)
+        typed = super().command(typed)
         if typed.startswith(CARGO_RUN):
             return f"target/release/sanjay {typed.removeprefix(CARGO_RUN)} {FREE_PORTS}"
         return typed
 
-    def expect(self, terminal: Terminal, step: Step) -> None:
-        """Waits until the output begins with what is expected, and takes that away."""
-        pattern, names = self.pattern(step, terminal)
-        found = None
 
-        def matches() -> bool:
-            nonlocal found
-            found = pattern.match(terminal.output)
-            return found is not None or terminal.status is not None
-
-        in_time = terminal.wait(matches, self.seconds)
-        with terminal.changed:
-            found = pattern.match(terminal.output)
-            if found is None:
-                why = "the command ended" if in_time else f"after {self.seconds} s"
-                raise Failure(f"{why}; expected\n{indent(step.expected)}\nbut there is\n{indent(terminal.output.splitlines())}")
-            terminal.output = terminal.output[found.end() :]
-        self.known.update({uuid: found[group] for uuid, group in names.items()})
-
-    def pattern(self, step: Step, terminal: Terminal) -> tuple[re.Pattern[str], dict[str, str]]:
-        """The expected lines as an expression, and the groups of UUIDs that are seen for the first time."""
-        names: dict[str, str] = {}
-        continues_open = step.typed is None and terminal.last is not None and terminal.last.open_ended
-        out = r"(?:.*\n)*?" if continues_open else ""
-        for line in step.expected:
-            if line == "…":
-                out += r"(?:.*\n)*?"
-                continue
-            at = 0
-            for found in re.finditer(f"{UUID.pattern}|{PORT.pattern}|…", line):
-                out += re.escape(line[at : found.start()]) + self.variable(found[0], names)
-                at = found.end()
-            out += re.escape(line[at:]) + r"[ \t]*\n"
-        return re.compile(out), names
-
-    def variable(self, text: str, names: dict[str, str]) -> str:
-        if text == "…":
-            return ".*"
-        if PORT.fullmatch(text):
-            return r":\d+"
-        if text in self.known:
-            return re.escape(self.known[text])
-        if text in names:
-            return f"(?P={names[text]})"
-        names[text] = f"uuid{len(names)}"
-        return f"(?P<{names[text]}>{UUID.pattern})"
-
-    def finish(self, terminal: Terminal) -> None:
-        """Waits for the terminal's command to end as it should."""
-        last = terminal.last
-        if last is None:
-            return
-        if not terminal.wait(lambda: terminal.status is not None, self.seconds):
-            raise Failure(f"line {last.line}: `{last.typed}` still runs after {self.seconds} s")
-        if last.open_ended:
-            return
-        if terminal.output.strip():
-            raise Failure(f"line {last.line}: more output than expected:\n{indent(terminal.output.splitlines())}")
-        if terminal.status != 0 and last.typed != INTERRUPT:
-            raise Failure(f"line {last.line}: `{last.typed}` ended with status {terminal.status}")
-
-    def end(self) -> None:
-        """Checks what the last command of each terminal did; what is open-ended may still run."""
-        for terminal in self.terminals.values():
-            if not (terminal.status is None and terminal.last is not None and terminal.last.open_ended):
-                self.finish(terminal)
-
-    def close(self) -> None:
-        for terminal in self.terminals.values():
-            terminal.close()
-
-
-def indent(lines: list[str]) -> str:
-    return "\n".join(f"    {line}" for line in lines) or "    (nothing)"
-
-
-def prepare(directory: str, binary: pathlib.Path) -> dict[str, str]:
+def prepare(directory: str, binary: pathlib.Path) -> None:
     release = pathlib.Path(directory, "target", "release")
     release.mkdir(parents=True)
     (release / "sanjay").symlink_to(binary)
-    # A reader has set none of ours.
-    return {name: value for name, value in os.environ.items() if not name.startswith("SANJAY_")}
 
 
 def main() -> int:
@@ -297,35 +42,19 @@ def main() -> int:
     options.add_argument("--keep", action="store_true", help="keep the directory that the tour ran in, and print it")
     options.add_argument("--seconds", type=float, default=30, help="how long a step may take (default: 30)")
     arguments = options.parse_args()
-    binary = pathlib.Path(os.environ.get("SANJAY_BIN", ROOT / "target/debug/sanjay")).resolve()
-    if not os.access(binary, os.X_OK):
-        print(f"there is no binary at {binary}; build it with `cargo build -p sanjay`, or set SANJAY_BIN", file=sys.stderr)
-        return 2
+    binary = binary_under_test()
 
     directory = tempfile.mkdtemp(prefix="sanjay-readme-")
-    tour = Tour(directory, prepare(directory, binary), arguments.seconds)
-    passed = failed = 0
+    prepare(directory, binary)
+    tour = Readme(directory, reader_environment(), arguments.seconds)
     try:
-        for step in parse(arguments.readme.read_text(encoding="utf-8")):
-            name = f"README.md:{step.line} terminal {step.terminal}: {step.typed or '(more output)'}"
-            print(name, flush=True)
-            tour.run(step)
-            passed += 1
-        tour.end()
-    except Failure as failure:
-        print(f"FAILED: {failure}")
-        for number, terminal in tour.terminals.items():
-            print(f"  what terminal {number} had not been asked about:\n{indent(terminal.output.splitlines()[-40:])}")
-        failed = 1
+        passed, failed = walk(tour, arguments.readme, SKIPPED)
     finally:
         tour.close()
         if arguments.keep:
             print(f"kept {directory}")
         else:
             shutil.rmtree(directory, ignore_errors=True)
-    if passed + failed == 0:
-        print("the README has no step", file=sys.stderr)
-        failed = 1
     print(f"{passed} passed, {failed} failed")
     return 1 if failed else 0
 

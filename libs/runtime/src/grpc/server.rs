@@ -102,6 +102,7 @@ pub async fn serve_with(
             let following = follow(&reporter, health, serving);
             soft.run_until_cancelled(following).await;
             report(&reporter, health, ServingStatus::NotServing).await;
+            end_watches(reporter, health).await;
         };
         Server::builder()
             .initial_stream_window_size(STREAM_WINDOW)
@@ -157,6 +158,14 @@ async fn report(reporter: &HealthReporter, services: &[&'static str], status: Se
     // The empty name is the server as a whole.
     for service in services.iter().copied().chain([""]) {
         reporter.set_service_status(service, status).await;
+    }
+}
+
+/// Ends the streams in which peers follow the health: each gets the last status first. Else they would keep the server
+/// until it is cut, since nobody ends them on the other side.
+async fn end_watches(mut reporter: HealthReporter, services: &[&'static str]) {
+    for service in services.iter().copied().chain([""]) {
+        reporter.clear_service_status(service).await;
     }
 }
 

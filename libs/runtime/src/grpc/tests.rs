@@ -159,8 +159,10 @@ async fn health_follows_the_lifecycle() {
     assert_eq!(watch.message().await.unwrap().unwrap().status(), ServingStatus::Serving);
     lifecycle.begin_shutdown();
     assert_eq!(watch.message().await.unwrap().unwrap().status(), ServingStatus::NotServing);
-    drop((watch, health));
+    // The stream ends by the server's hand: whoever follows it does not keep the server.
+    assert_eq!(watch.message().await.unwrap(), None);
     assert!(lifecycle.shutdown(TIMEOUT).await.is_empty());
+    drop((watch, health));
 }
 
 #[tokio::test]

@@ -97,8 +97,6 @@ impl Tables<'_> {
             self.scheduled_at.insert((until_us, user.as_str(), id), ())?;
             claimed.push(scheduled(user, id, record)?);
         }
-        // Of those that came due while nobody looked the earliest first.
-        claimed.sort_by_key(|scheduled| scheduled.deliver_us);
         Ok(claimed)
     }
 

@@ -125,6 +125,40 @@ fn a_dying_message_is_nobodys_until_it_is_settled() {
 }
 
 #[test]
+fn a_message_can_be_killed_that_never_failed() {
+    let mut attempts = Attempts::default();
+    attempts.fail(failure(5, 1, NAK, 500), 8, 0.0);
+    assert!(attempts.kill(4, DeadReason::QueueFull, 1_000) && attempts.kill(5, DeadReason::Expired, 2_000));
+    assert_eq!(attempts.death(4), Some((DeadReason::QueueFull, 1_000)));
+    // What failed of it is kept; nothing more does, and nobody gets it.
+    assert_eq!((attempts.failures(4).len(), attempts.failures(5).len()), (0, 1));
+    assert_eq!(attempts.fail(failure(4, 1, FailureKind::Term, 3_000), 8, 0.0), None);
+    assert_eq!((attempts.newest(4), attempts.newest(5), attempts.delivery(6)), (None, None, Some(1)));
+    assert_eq!(attempts.claim(u64::MAX, u64::MAX, 9), []);
+    // Only once: the first reason stays.
+    assert!(!attempts.kill(4, DeadReason::Expired, 9_000));
+    assert_eq!(attempts.death(4), Some((DeadReason::QueueFull, 1_000)));
+    assert_eq!(Attempts::decode(&attempts.encode()).unwrap(), attempts);
+    // It comes by itself, in case whoever noted it is gone.
+    let mut killed = Attempts::default();
+    assert!(killed.kill(1, DeadReason::QueueFull, 1_000));
+    assert_eq!(killed.next_due_us(), Some(1_000 + DYING_US));
+    assert!(killed.settle(1, 1) && killed.is_empty());
+}
+
+#[test]
+fn where_too_many_failed_only_those_can_be_killed() {
+    let mut attempts = Attempts::default();
+    for seq in 1..=MAX_FAILED as u64 {
+        attempts.fail(failure(seq, 1, NAK, 5), 8, 0.0);
+    }
+    let before = attempts.clone();
+    assert!(!attempts.kill(5_000, DeadReason::QueueFull, 9));
+    assert_eq!(attempts, before);
+    assert!(attempts.kill(7, DeadReason::QueueFull, 9));
+}
+
+#[test]
 fn the_newest_failures_are_kept() {
     let (mut attempts, count) = (Attempts::default(), MAX_FAILURES as u32 + 5);
     for delivery in 1..=count {

@@ -2,7 +2,7 @@
 
 pub(crate) mod audit;
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
 use sanjay_proto::client::v1::{Payload, SeqRange, payload::Kind};
@@ -80,20 +80,31 @@ pub(crate) type EndedMessage = (String, SettledMessage, State);
 
 /// A sink that remembers what ended.
 #[derive(Default)]
-pub(crate) struct Heard(Mutex<Vec<EndedMessage>>);
+pub(crate) struct Heard {
+    committed: Mutex<HashSet<Uuid>>,
+    ended: Mutex<Vec<EndedMessage>>,
+    /// Those of which it had not heard before that they were committed.
+    early: Mutex<Vec<Uuid>>,
+}
 
 impl Heard {
     /// What it heard since it was last asked.
     pub(crate) fn take(&self) -> Vec<EndedMessage> {
-        std::mem::take(&mut self.0.lock())
+        assert_eq!(*self.early.lock(), Vec::<Uuid>::new(), "these ended before they were committed");
+        std::mem::take(&mut self.ended.lock())
     }
 }
 
 impl CommitSink for Heard {
-    fn committed(&self, _: &NewMessage, _: &Appended) {}
+    fn committed(&self, message: &NewMessage, _: &Appended) {
+        self.committed.lock().insert(message.message_id);
+    }
 
     fn ended(&self, user: &str, message: &SettledMessage, state: State) {
-        self.0.lock().push((user.to_owned(), message.clone(), state));
+        if !self.committed.lock().contains(&message.message_id) {
+            self.early.lock().push(message.message_id);
+        }
+        self.ended.lock().push((user.to_owned(), message.clone(), state));
     }
 }
 

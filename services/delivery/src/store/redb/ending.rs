@@ -1,127 +1,20 @@
-//! What ends messages without an ack: a newer one with the same collapse key, a full inbox, their time.
+//! What ends messages without an ack, and the keys by which such messages are found.
 
 use redb::ReadableTable;
 
 use super::{
-    tables::{self, BodyExtra},
+    tables::BodyExtra,
     transaction::{Ended, Tables},
 };
 use crate::{
     message::State,
-    store::{AppendError, DeadReason, Expired, MAX_COLLAPSE_KEYS, NewMessage, Overflow, Quota, StoreOptions},
+    store::{DeadReason, Expired, NewMessage},
 };
 
 /// How long an expired message waits that could not be settled, in microseconds.
 const LATER_US: u64 = 60_000_000;
 
-/// How much an inbox may hold, and what happens beyond that.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Quotas {
-    messages: u64,
-    bytes: u64,
-    overflow: Overflow,
-}
-
-impl Quotas {
-    pub(super) fn new(options: &StoreOptions) -> Self {
-        let StoreOptions { max_unsettled, max_unsettled_bytes, overflow, .. } = *options;
-        Self { messages: max_unsettled, bytes: max_unsettled_bytes, overflow }
-    }
-
-    /// Which of them a message exceeds in an inbox that holds so much without it.
-    fn exceeded(&self, messages: u64, bytes: u64, size: u64) -> Option<AppendError> {
-        let full = |quota, held| Some(AppendError::QueueFull { quota, held });
-        if messages >= self.messages {
-            return full(Quota::Messages, messages);
-        }
-        if bytes.saturating_add(size) > self.bytes { full(Quota::Bytes, bytes) } else { None }
-    }
-}
-
 impl Tables<'_> {
-    /// Makes room for a message: what its collapse key replaces is settled, and where the configuration says so the
-    /// oldest messages become dead letters. When there is none, nothing was changed.
-    pub(super) fn make_room(&mut self, message: &NewMessage) -> Result<Result<(), AppendError>, redb::Error> {
-        let (user, quotas) = (message.user.as_str(), self.rules.quotas);
-        let size = prost::Message::encoded_len(&*message.payload) as u64;
-        let replaced = self.replaced(message)?;
-        let (gone, gone_bytes) = match replaced {
-            Some(seq) => (1, self.payload_bytes(user, seq)?),
-            None => (0, 0),
-        };
-        let record = &self.inbox(user)?.record;
-        if let Some(seq) = replaced
-            && record.settled().settle(seq, seq).is_err()
-        {
-            let held = record.settled().ranges().len() as u64;
-            return Ok(Err(AppendError::QueueFull { quota: Quota::SettledRanges, held }));
-        }
-        let (keys, known) = (record.collapsing, self.has_key(message)?);
-        if !message.collapse_key.is_empty() && !known && keys >= MAX_COLLAPSE_KEYS as u64 {
-            return Ok(Err(AppendError::QueueFull { quota: Quota::CollapseKeys, held: keys }));
-        }
-        loop {
-            let record = &self.inbox(user)?.record;
-            let (messages, bytes) = (record.unsettled() - gone, record.bytes.saturating_sub(gone_bytes));
-            let Some(full) = quotas.exceeded(messages, bytes, size) else { break };
-            let gives_up = quotas.overflow == Overflow::DeadLetterOldest && size <= quotas.bytes;
-            if !gives_up || !self.give_up_oldest(user, replaced)? {
-                return Ok(Err(full));
-            }
-        }
-        if let Some(seq) = replaced {
-            self.end(user, &[seq], State::Superseded)?;
-        }
-        Ok(Ok(()))
-    }
-
-    /// The unsettled message whose place a message takes.
-    fn replaced(&mut self, message: &NewMessage) -> Result<Option<u64>, redb::Error> {
-        if message.collapse_key.is_empty() {
-            return Ok(None);
-        }
-        let key = (message.user.as_str(), message.caller.as_str(), message.collapse_key.as_str());
-        let Some(seq) = self.collapse.get(key)?.map(|seq| seq.value()) else { return Ok(None) };
-        let dying = self.inbox(&message.user)?.record.attempts()?.death(seq).is_some();
-        Ok(Some(seq).filter(|_| !dying))
-    }
-
-    fn has_key(&self, message: &NewMessage) -> Result<bool, redb::Error> {
-        let key = (message.user.as_str(), message.caller.as_str(), message.collapse_key.as_str());
-        Ok(!message.collapse_key.is_empty() && self.collapse.get(key)?.is_some())
-    }
-
-    fn payload_bytes(&self, user: &str, seq: u64) -> Result<u64, redb::Error> {
-        let Some(bytes) = self.bodies.get((user, seq))? else { return Ok(0) };
-        let body: sanjay_proto::client::v1::InboxMessage = tables::decode("bodies", bytes.value())?;
-        Ok(body.payload.as_ref().map_or(0, prost::Message::encoded_len) as u64)
-    }
-
-    /// The oldest message that is not dying becomes a dead letter, `except` one; false when there is none, or when it
-    /// cannot be settled.
-    fn give_up_oldest(&mut self, user: &str, except: Option<u64>) -> Result<bool, redb::Error> {
-        let inbox = self.inbox(user)?;
-        let mut attempts = inbox.record.attempts()?;
-        let (unsettled, mark) = (inbox.record.unsettled(), inbox.record.mark);
-        let mut oldest = None;
-        for entry in self.bodies.range((user, mark + 1)..=(user, u64::MAX))? {
-            let seq = entry?.0.value().1;
-            if Some(seq) != except && attempts.death(seq).is_none() {
-                oldest = Some(seq);
-                break;
-            }
-        }
-        let (Some(seq), now_us) = (oldest, self.rules.now_us) else { return Ok(false) };
-        if !attempts.kill(seq, DeadReason::QueueFull, now_us) {
-            return Ok(false);
-        }
-        let inbox = self.inbox(user)?;
-        inbox.record.set_attempts(&attempts);
-        inbox.changed = true;
-        self.bury(user)?;
-        Ok(self.inbox(user)?.record.unsettled() < unsettled)
-    }
-
     /// Notes by which keys a message is found that was just put into its inbox.
     pub(super) fn note_keys(&mut self, message: &NewMessage, seq: u64) -> Result<(), redb::Error> {
         let user = message.user.as_str();
@@ -161,7 +54,7 @@ impl Tables<'_> {
     }
 
     /// Settles messages of one inbox; returns those that its settled ranges have no room for.
-    fn end(&mut self, user: &str, seqs: &[u64], how: State) -> Result<Vec<u64>, redb::Error> {
+    pub(super) fn end(&mut self, user: &str, seqs: &[u64], how: State) -> Result<Vec<u64>, redb::Error> {
         let inbox = self.inbox(user)?;
         let attempts = inbox.record.attempts()?;
         let (mut settled, mut refused) = (inbox.record.settled(), Vec::new());
@@ -185,8 +78,9 @@ impl Tables<'_> {
         Ok(refused)
     }
 
-    /// Settles what has expired, the earliest first.
+    /// Settles what has expired, the earliest first; at least one.
     pub(super) fn expire(&mut self, now_us: u64, limit: usize) -> Result<Expired, redb::Error> {
+        let limit = limit.max(1);
         let (mut looked, mut due) = (0, std::collections::BTreeMap::<String, Vec<(u64, u64)>>::new());
         for entry in self.expires.range((0, "", 0)..(now_us.saturating_add(1), "", 0))?.take(limit) {
             let (key, _) = entry?;

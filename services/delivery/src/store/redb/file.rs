@@ -216,7 +216,7 @@ fn create_tables(database: &Database, store_id: u64) -> Result<(), redb::Error> 
 
 /// Gives a file of an earlier build the tables that came since.
 fn add_tables(database: &Database) -> Result<(), redb::Error> {
-    match database.begin_read()?.open_table(tables::DEAD_OF) {
+    match database.begin_read()?.open_table(tables::SCHEDULED_AT) {
         Err(redb::TableError::TableDoesNotExist(_)) => {}
         table => return table.map(|_| ()).map_err(redb::Error::from),
     }

@@ -7,6 +7,7 @@ mod dead;
 mod ending;
 mod file;
 mod reader;
+mod room;
 mod scheduled;
 mod tables;
 #[cfg(test)]
@@ -80,7 +81,7 @@ impl RedbStore {
             file: file.clone(),
             operations,
             store_id,
-            quotas: ending::Quotas::new(&options),
+            quotas: room::Quotas::new(&options),
             keep_expired: options.keep_expired,
             max_attempts: options.max_attempts,
             random: options.random,

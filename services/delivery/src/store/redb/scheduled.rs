@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     message::State,
-    store::{AppendError, MAX_SCHEDULED, NewMessage, Quota, Scheduled, ScheduledAt},
+    store::{AppendError, MAX_READ_BYTES, MAX_SCHEDULED, NewMessage, Quota, Scheduled, ScheduledAt},
 };
 
 impl Tables<'_> {
@@ -41,17 +41,15 @@ impl Tables<'_> {
             return Ok(Ok(ScheduledAt { message_id, deliver_us, duplicate: true, time_us }));
         }
         let (user, id) = (message.user.as_str(), message.message_id.as_u128());
-        let mut held = 0;
-        for entry in self.scheduled.range((user, 0)..=(user, u128::MAX))?.take(MAX_SCHEDULED) {
-            entry?;
-            held += 1;
-        }
+        let held = match self.waiting.get(user) {
+            Some(held) => *held,
+            None => self.scheduled_due.range((user, 0)..=(user, u128::MAX))?.count(),
+        };
         if held >= MAX_SCHEDULED {
             return Ok(Err(AppendError::QueueFull { quota: Quota::Scheduled, held: held as u64 }));
         }
         let record = ScheduledRecord {
             deliver_us,
-            due_us: deliver_us,
             caller: message.caller.clone(),
             payload: message.payload.encode_to_vec(),
             time_us: message.time_us,
@@ -60,7 +58,8 @@ impl Tables<'_> {
             collapse_key: message.collapse_key.clone(),
         };
         self.scheduled.insert((user, id), record.encode_to_vec().as_slice())?;
-        self.scheduled_at.insert((deliver_us, user, id), ())?;
+        self.hand_out_at(user, id, deliver_us)?;
+        self.waiting.insert(user.to_owned(), held + 1);
         self.insert_receipt(message, 0, State::Scheduled)?;
         if let Some(sha256) = sha256 {
             let epoch = self.inbox(user)?.record.epoch;
@@ -71,7 +70,17 @@ impl Tables<'_> {
         Ok(Ok(ScheduledAt { message_id, deliver_us, duplicate: false, time_us }))
     }
 
-    /// Hands out messages whose time has come, until `until_us`.
+    /// Says when a message is handed out next.
+    fn hand_out_at(&mut self, user: &str, id: u128, due_us: u64) -> Result<(), redb::Error> {
+        let before = self.scheduled_due.insert((user, id), due_us)?.map(|before| before.value());
+        if let Some(before) = before {
+            self.scheduled_at.remove((before, user, id))?;
+        }
+        self.scheduled_at.insert((due_us, user, id), ())?;
+        Ok(())
+    }
+
+    /// Hands out messages whose time has come, until `until_us`: as many as fit into [`MAX_READ_BYTES`], and at least one.
     pub(super) fn claim_scheduled(
         &mut self,
         now_us: u64,
@@ -81,22 +90,26 @@ impl Tables<'_> {
         let mut due = Vec::new();
         for entry in self.scheduled_at.range((0, "", 0)..(now_us.saturating_add(1), "", 0))?.take(limit) {
             let (key, _) = entry?;
-            let (due_us, user, id) = key.value();
-            due.push((due_us, user.to_owned(), id));
+            let (_, user, id) = key.value();
+            due.push((user.to_owned(), id));
         }
-        let mut claimed = Vec::with_capacity(due.len());
-        for (due_us, user, id) in due {
-            self.scheduled_at.remove((due_us, user.as_str(), id))?;
-            let record: Option<ScheduledRecord> = match self.scheduled.get((user.as_str(), id))? {
-                Some(bytes) => Some(tables::decode("scheduled", bytes.value())?),
-                None => None,
+        let (mut claimed, mut bytes) = (Vec::with_capacity(due.len()), 0);
+        for (user, id) in due {
+            let record: ScheduledRecord = match self.scheduled.get((user.as_str(), id))? {
+                Some(record) => {
+                    bytes += record.value().len();
+                    if bytes > MAX_READ_BYTES && !claimed.is_empty() {
+                        break;
+                    }
+                    tables::decode("scheduled", record.value())?
+                }
+                None => continue,
             };
-            let Some(mut record) = record else { continue };
-            record.due_us = until_us;
-            self.scheduled.insert((user.as_str(), id), record.encode_to_vec().as_slice())?;
-            self.scheduled_at.insert((until_us, user.as_str(), id), ())?;
+            self.hand_out_at(&user, id, until_us)?;
             claimed.push(scheduled(user, id, record)?);
         }
+        // Of those that came due while nobody looked the earliest first.
+        claimed.sort_by_key(|scheduled| scheduled.deliver_us);
         Ok(claimed)
     }
 
@@ -105,11 +118,13 @@ impl Tables<'_> {
         let mut forgotten = 0;
         for (user, id) in messages {
             let key = (user.as_str(), id.as_u128());
-            let record: ScheduledRecord = match self.scheduled.remove(key)? {
-                Some(bytes) => tables::decode("scheduled", bytes.value())?,
-                None => continue,
+            let Some(due_us) = self.scheduled_due.remove(key)?.map(|due_us| due_us.value()) else {
+                continue;
             };
-            self.scheduled_at.remove((record.due_us, key.0, key.1))?;
+            self.scheduled_at.remove((due_us, key.0, key.1))?;
+            self.scheduled.remove(key)?;
+            self.waiting.remove(user);
+            self.must_sync = true;
             // Unless it was appended, nothing is left of it.
             let waits = match self.receipts.get(key)? {
                 Some(bytes) => {

@@ -48,7 +48,8 @@ pub(super) const DEAD_AT: TableDefinition<'static, (u64, u128, &str), ()> = Tabl
 /// (user, died_us, message id) of every dead letter: the order of a list of one user's.
 pub(super) const DEAD_OF: TableDefinition<'static, (&str, u64, u128), ()> = TableDefinition::new("dead_of");
 
-/// (expires_us, user, seq) of unsettled messages that expire: when they are looked at.
+/// (expires_us, user, seq) of unsettled messages that expire: when they are looked at. That is later for those that
+/// could not be settled; such an entry may outlive its message until then.
 pub(super) const EXPIRES: TableDefinition<'static, (u64, &str, u64), ()> = TableDefinition::new("expires");
 
 /// (user, caller, collapse key) → seq of the newest unsettled message with that key.
@@ -58,7 +59,12 @@ pub(super) const COLLAPSE: TableDefinition<'static, (&str, &str, &str), u64> =
 /// (user, message id) → [`ScheduledRecord`].
 pub(super) const SCHEDULED: TableDefinition<'static, (&str, u128), &[u8]> = TableDefinition::new("scheduled");
 
-/// (due_us, user, message id) of every scheduled message: its time, or when its claim ends.
+/// (user, message id) of every scheduled message → its time, or when its claim ends. Not in the record, so that neither a
+/// claim nor a count has to do with payloads.
+pub(super) const SCHEDULED_DUE: TableDefinition<'static, (&str, u128), u64> =
+    TableDefinition::new("scheduled_due");
+
+/// (due_us, user, message id) of every scheduled message: the same the other way round.
 pub(super) const SCHEDULED_AT: TableDefinition<'static, (u64, &str, u128), ()> =
     TableDefinition::new("scheduled_at");
 
@@ -79,6 +85,7 @@ pub(super) fn create(transaction: &WriteTransaction) -> Result<(), redb::Error> 
     transaction.open_table(EXPIRES)?;
     transaction.open_table(COLLAPSE)?;
     transaction.open_table(SCHEDULED)?;
+    transaction.open_table(SCHEDULED_DUE)?;
     transaction.open_table(SCHEDULED_AT)?;
     Ok(())
 }
@@ -116,7 +123,7 @@ pub(super) struct InboxRecord {
     /// [`Attempts::encode`].
     #[prost(bytes = "vec", tag = "13")]
     pub(super) attempts: Vec<u8>,
-    /// Of the encoded payloads of unsettled messages.
+    /// Of the encoded payloads of unsettled messages, as far as they count.
     #[prost(uint64, tag = "14")]
     pub(super) bytes: u64,
     /// How many collapse keys have an unsettled message.
@@ -133,6 +140,9 @@ pub(super) struct BodyExtra {
     pub(super) expires_us: u64,
     #[prost(string, tag = "1002")]
     pub(super) collapse_key: String,
+    /// What it counts for in [`InboxRecord::bytes`]: nothing when an earlier build stored it.
+    #[prost(uint64, tag = "1003")]
+    pub(super) payload_bytes: u64,
 }
 
 impl BodyExtra {
@@ -147,21 +157,18 @@ impl BodyExtra {
 pub(super) struct ScheduledRecord {
     #[prost(uint64, tag = "1")]
     pub(super) deliver_us: u64,
-    /// `deliver_us`, or when its claim ends.
-    #[prost(uint64, tag = "2")]
-    pub(super) due_us: u64,
-    #[prost(string, tag = "3")]
+    #[prost(string, tag = "2")]
     pub(super) caller: String,
     /// Encoded `sanjay.client.v1.Payload`.
-    #[prost(bytes = "vec", tag = "4")]
+    #[prost(bytes = "vec", tag = "3")]
     pub(super) payload: Vec<u8>,
-    #[prost(uint64, tag = "5")]
+    #[prost(uint64, tag = "4")]
     pub(super) time_us: u64,
-    #[prost(string, tag = "6")]
+    #[prost(string, tag = "5")]
     pub(super) trace: String,
-    #[prost(uint64, tag = "7")]
+    #[prost(uint64, tag = "6")]
     pub(super) expires_us: u64,
-    #[prost(string, tag = "8")]
+    #[prost(string, tag = "7")]
     pub(super) collapse_key: String,
 }
 

@@ -7,8 +7,9 @@ use std::{
 };
 
 use proptest::prelude::*;
+use redb::ReadableTable as _;
 use sanjay_runtime::{
-    clock::{ManualClock, SystemClock},
+    clock::{Clock as _, ManualClock, SystemClock},
     random::OsRandom,
 };
 use tempfile::TempDir;
@@ -17,7 +18,7 @@ use super::*;
 use crate::{
     metrics,
     store::{
-        FailureKind,
+        FailureKind, Quota,
         suite::{
             self, Harness, Limits,
             failing::{self, MAX_ATTEMPTS, random},
@@ -98,7 +99,7 @@ async fn fixed_cases() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(48))]
+    #![proptest_config(ProptestConfig::with_cases(96))]
 
     #[test]
     fn agrees_with_the_model(operations in operations()) {
@@ -161,6 +162,7 @@ async fn a_file_without_dead_letters_is_read() {
     transaction.delete_table(tables::DEAD_BODIES).unwrap();
     transaction.delete_table(tables::DEAD_AT).unwrap();
     transaction.delete_table(tables::DEAD_OF).unwrap();
+    delete_what_ends_messages(&transaction);
     transaction.commit().unwrap();
     drop(database);
     let store = redb.open().await.unwrap();
@@ -169,6 +171,71 @@ async fn a_file_without_dead_letters_is_read() {
     let report = Settle { failed, ..settle("bob", epoch, &[], 0) };
     assert_eq!(store.ack(vec![report]).await.remove(0).unwrap().failed.len(), 1);
     assert_eq!(store.stats().await.unwrap().dead_letters, 1);
+}
+
+/// Deletes the tables of messages that end without an ack, or are scheduled.
+fn delete_what_ends_messages(transaction: &redb::WriteTransaction) {
+    transaction.delete_table(tables::EXPIRES).unwrap();
+    transaction.delete_table(tables::COLLAPSE).unwrap();
+    transaction.delete_table(tables::SCHEDULED).unwrap();
+    transaction.delete_table(tables::SCHEDULED_DUE).unwrap();
+    transaction.delete_table(tables::SCHEDULED_AT).unwrap();
+}
+
+/// Makes of a file one of a build that knew nothing of what ends messages without an ack.
+fn age(path: PathBuf) {
+    let database = redb::Database::open(path).unwrap();
+    let transaction = database.begin_write().unwrap();
+    delete_what_ends_messages(&transaction);
+    {
+        let mut inboxes = transaction.open_table(tables::INBOXES).unwrap();
+        let record = inboxes.get("bob").unwrap().unwrap().value().to_vec();
+        let record: tables::InboxRecord = tables::decode("inboxes", &record).unwrap();
+        assert!(record.bytes > 0, "it counts bytes");
+        let record = tables::InboxRecord { bytes: 0, collapsing: 0, ..record };
+        inboxes.insert("bob", prost::Message::encode_to_vec(&record).as_slice()).unwrap();
+        let mut bodies = transaction.open_table(tables::BODIES).unwrap();
+        for seq in 2..=4 {
+            let body = bodies.get(("bob", seq)).unwrap().unwrap().value().to_vec();
+            // What is not known is not kept.
+            let body: sanjay_proto::client::v1::InboxMessage = tables::decode("bodies", &body).unwrap();
+            bodies.insert(("bob", seq), prost::Message::encode_to_vec(&body).as_slice()).unwrap();
+        }
+    }
+    transaction.commit().unwrap();
+}
+
+#[tokio::test]
+async fn a_file_of_before_expiry_and_quotas_is_read() {
+    let mut redb = Redb::new();
+    let store = redb.open().await.unwrap();
+    let epoch = failing::send(&store, &redb.clock, 4).await;
+    store.ack(vec![settle("bob", epoch, &[(1, 1)], 0)]).await.remove(0).unwrap();
+    let before = read_all(&store, "bob").await;
+    drop(store);
+    age(redb.path());
+    let size = prost::Message::encoded_len(&*suite::text("body-2")) as u64;
+    redb.limits = Limits { max_unsettled_bytes: 2 * size, ..Limits::default() };
+    let store = redb.open().await.unwrap();
+    assert_eq!(read_all(&store, "bob").await, before);
+    let now_us = redb.clock.now_us();
+    assert_eq!(store.expire(now_us, 9).await, Ok(Expired::default()));
+    assert_eq!(store.claim_scheduled(now_us, now_us + 1, 9).await.unwrap().len(), 0);
+    // Its messages count for the quota of messages alone, also when they are settled.
+    let send = |id: u128| {
+        let keyed = message("bob", id, "body-2", "", &redb.clock);
+        let keyed = NewMessage { collapse_key: format!("key-{id}"), expires_us: now_us + 1, ..keyed };
+        store.append(vec![keyed])
+    };
+    assert_eq!(send(5).await.remove(0).unwrap().seq, 5);
+    store.ack(vec![settle("bob", epoch, &[(2, 3)], 0)]).await.remove(0).unwrap();
+    assert_eq!(send(6).await.remove(0).unwrap().seq, 6);
+    let full = AppendError::QueueFull { quota: Quota::Bytes, held: 2 * size };
+    assert_eq!(send(7).await, [Err(full)]);
+    redb.clock.advance(Duration::from_micros(1));
+    assert_eq!(store.expire(redb.clock.now_us(), 9).await.unwrap().settled, 2);
+    assert_eq!(read_all(&store, "bob").await.messages[..], before.messages[2..]);
+    assert_eq!(suite::audit::audit_all(&store).await, (1, vec![]));
 }
 
 /// A copy that was made while the store was open has everything that was answered.

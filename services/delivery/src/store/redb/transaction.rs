@@ -9,7 +9,7 @@ use sanjay_proto::client::v1::InboxMessage;
 use sanjay_runtime::random::SharedRandom;
 
 use super::{
-    ending::Quotas,
+    room::Quotas,
     tables::{self, BodyExtra, DedupeRecord, InboxRecord, ReceiptRecord},
 };
 use crate::{
@@ -67,7 +67,6 @@ impl Ended<'_> {
             State::Acked | State::Scheduled | State::Accepted | State::Dead => record.acked += self.count,
         }
         record.dead += self.dead;
-        // A file of before knows of neither.
         record.bytes = record.bytes.saturating_sub(self.bytes);
         record.collapsing = record.collapsing.saturating_sub(self.keys);
     }
@@ -89,8 +88,11 @@ pub(super) struct Tables<'txn> {
     pub(super) expires: Table<'txn, (u64, &'static str, u64), ()>,
     pub(super) collapse: Table<'txn, (&'static str, &'static str, &'static str), u64>,
     pub(super) scheduled: Table<'txn, (&'static str, u128), &'static [u8]>,
+    pub(super) scheduled_due: Table<'txn, (&'static str, u128), u64>,
     pub(super) scheduled_at: Table<'txn, (u64, &'static str, u128), ()>,
     cache: HashMap<String, Cached>,
+    /// How many messages are scheduled, of users of whom that was asked.
+    pub(super) waiting: HashMap<String, usize>,
     pub(super) rules: Rules,
     /// Whether something was done that must be durable before it is answered.
     pub(super) must_sync: bool,
@@ -119,8 +121,10 @@ impl<'txn> Tables<'txn> {
             expires: txn.open_table(tables::EXPIRES)?,
             collapse: txn.open_table(tables::COLLAPSE)?,
             scheduled: txn.open_table(tables::SCHEDULED)?,
+            scheduled_due: txn.open_table(tables::SCHEDULED_DUE)?,
             scheduled_at: txn.open_table(tables::SCHEDULED_AT)?,
             cache: HashMap::new(),
+            waiting: HashMap::new(),
             rules,
             must_sync: false,
             ended: Vec::new(),
@@ -167,7 +171,8 @@ impl<'txn> Tables<'txn> {
         {
             return Ok(first);
         }
-        if let Err(full) = self.make_room(message)? {
+        let size = message.payload.encoded_len() as u64;
+        if let Err(full) = self.make_room(message, size)? {
             return Ok(Err(full));
         }
         let due_us = self.rules.now_us + FIRST_DUE.as_micros() as u64;
@@ -177,10 +182,10 @@ impl<'txn> Tables<'txn> {
         if inbox.record.due_us == 0 || inbox.record.due_us > due_us {
             (inbox.record.due_us, inbox.record.attempt) = (due_us, 0);
         }
-        inbox.record.bytes += message.payload.encoded_len() as u64;
+        inbox.record.bytes += size;
         inbox.changed = true;
         let (seq, epoch) = (inbox.record.head, inbox.record.epoch);
-        self.insert_message(message, seq)?;
+        self.insert_message(message, seq, size)?;
         self.note_keys(message, seq)?;
         if let Some(sha256) = sha256 {
             self.insert_dedupe(message, sha256, seq, epoch)?;
@@ -212,7 +217,7 @@ impl<'txn> Tables<'txn> {
         Ok(())
     }
 
-    fn insert_message(&mut self, message: &NewMessage, seq: u64) -> Result<(), redb::Error> {
+    fn insert_message(&mut self, message: &NewMessage, seq: u64, size: u64) -> Result<(), redb::Error> {
         let body = InboxMessage {
             seq,
             message_id: message.message_id.as_bytes().to_vec().into(),
@@ -222,7 +227,11 @@ impl<'txn> Tables<'txn> {
             trace: message.trace.clone(),
         };
         let mut bytes = body.encode_to_vec();
-        let extra = BodyExtra { expires_us: message.expires_us, collapse_key: message.collapse_key.clone() };
+        let extra = BodyExtra {
+            expires_us: message.expires_us,
+            collapse_key: message.collapse_key.clone(),
+            payload_bytes: size,
+        };
         bytes.extend(extra.encode_to_vec());
         self.bodies.insert((message.user.as_str(), seq), bytes.as_slice())?;
         self.insert_receipt(message, seq, State::Accepted)
@@ -343,7 +352,7 @@ impl<'txn> Tables<'txn> {
             receipt.settled_us = self.rules.now_us;
             self.receipts.insert(key, receipt.encode_to_vec().as_slice())?;
             self.settled_at.insert((self.rules.now_us, user, message_id.as_u128()), ())?;
-            ended.bytes += body.payload.as_ref().map_or(0, prost::Message::encoded_len) as u64;
+            ended.bytes += extra.payload_bytes;
             ended.keys += u64::from(self.forget_keys(user, &receipt.caller, body.seq, &extra)?);
             if dies {
                 self.insert_letter(user, &body, &receipt.caller, &ended.attempts)?;

@@ -18,8 +18,8 @@ use tokio::sync::{OwnedSemaphorePermit, oneshot};
 use uuid::Uuid;
 
 use super::{
-    ending::Quotas,
     file::RedbFile,
+    room::Quotas,
     transaction::{EndedMessage, Rules, Tables},
 };
 use crate::{
@@ -279,11 +279,14 @@ impl Writer {
             match self.commit(&batch) {
                 Ok(Committed { outcomes, ended, items }) => {
                     self.metrics.group_commit(items, started.elapsed());
+                    for (queued, outcome) in batch.iter().zip(&outcomes) {
+                        self.tell(&queued.operation, outcome);
+                    }
+                    // What was committed and has ended in one batch is heard of in this order.
                     for (user, message, state) in &ended {
                         self.on_commit.ended(user, message, *state);
                     }
                     for (queued, outcome) in batch.into_iter().zip(outcomes) {
-                        self.tell(&queued.operation, &outcome);
                         queued.operation.answer(outcome);
                     }
                 }

@@ -4,8 +4,10 @@ use super::{
     failing::{NAK, failure},
     *,
 };
+use crate::store::FailureKind;
 
 mod quotas;
+mod without_room;
 
 /// What a case goes by.
 struct Case<H> {
@@ -114,7 +116,8 @@ pub(super) async fn fixed_cases<H: Harness>(make: impl Fn() -> H) {
     a_newer_message_replaces_one_of_its_key(make()).await;
     a_key_belongs_to_a_caller_and_an_inbox(make()).await;
     collapse_keys_are_bounded(make()).await;
-    quotas::fixed_cases(make).await;
+    quotas::fixed_cases(&make).await;
+    without_room::fixed_cases(make).await;
 }
 
 async fn what_expired_is_hidden_then_settled<H: Harness>(harness: H) {

@@ -72,8 +72,24 @@ pub struct Sanjay {
 impl Sanjay {
     /// With these arguments.
     pub fn new<A: AsRef<str>>(arguments: impl IntoIterator<Item = A>) -> Self {
+        Self::launched(&[], arguments)
+    }
+
+    /// With these arguments, started by another program, such as a shell that sets limits: a command line to which the
+    /// binary and its arguments are added.
+    pub(crate) fn launched<A: AsRef<str>>(
+        launcher: &[String],
+        arguments: impl IntoIterator<Item = A>,
+    ) -> Self {
         let directory = tempfile::tempdir().expect("a temporary directory can be made");
-        let mut command = Command::new(binary());
+        let mut command = match launcher {
+            [] => Command::new(binary()),
+            [program, first @ ..] => {
+                let mut command = Command::new(program);
+                command.args(first).arg(binary());
+                command
+            }
+        };
         command.current_dir(directory.path());
         for (name, _) in env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("SANJAY_")) {
             command.env_remove(name);

@@ -269,6 +269,7 @@ impl Inbox {
         let users: Vec<Arc<str>> = settles.iter().map(|settle| Arc::from(settle.user.as_str())).collect();
         let failures: Vec<Vec<Failure>> = settles.iter().map(|settle| settle.failed.clone()).collect();
         let began = Instant::now();
+        failpoint::hit("delivery.before_ack");
         let results = self.store.ack(settles).await;
         let now_us = self.clock.now_us();
         let mut deaths = Vec::new();

@@ -15,6 +15,7 @@ pub struct ClusterBuilder {
     pub(super) settings: Settings,
     pub(super) more: [usize; 3],
     pub(super) environment: BTreeMap<Node, Vec<(String, String)>>,
+    pub(super) launchers: BTreeMap<Node, Vec<String>>,
     registry: Option<Registry>,
     store: Option<Store>,
     login: Option<(String, String)>,
@@ -121,6 +122,15 @@ impl ClusterBuilder {
     #[must_use]
     pub fn env(mut self, node: impl Into<Node>, name: &str, value: impl Display) -> Self {
         self.environment.entry(node.into()).or_default().push((name.to_owned(), value.to_string()));
+        self
+    }
+
+    /// Has one process started by another program, such as a shell that sets limits and then runs `exec "$0" "$@"`: the
+    /// binary and its arguments are added to this command line. It is used until [`Cluster::forget_environment`].
+    #[must_use]
+    pub fn launcher(mut self, node: impl Into<Node>, command: &[&str]) -> Self {
+        let command = command.iter().map(|&part| part.to_owned()).collect();
+        self.launchers.insert(node.into(), command);
         self
     }
 

@@ -78,6 +78,7 @@ struct Member {
     process: Option<Process>,
     addresses: Option<Addresses>,
     environment: Vec<(String, String)>,
+    launcher: Vec<String>,
 }
 
 /// Processes of all roles, each with a configuration, a ready file and a log of its own. Each can be killed and started
@@ -116,11 +117,14 @@ impl Cluster {
             for index in 0..=more {
                 let node = Node { role, index };
                 let environment = builder.environment.remove(&node).unwrap_or_default();
-                let member = Member { port: free_port(), process: None, addresses: None, environment };
+                let launcher = builder.launchers.remove(&node).unwrap_or_default();
+                let (process, addresses) = (None, None);
+                let member = Member { port: free_port(), process, addresses, environment, launcher };
                 members.insert(node, member);
             }
         }
         assert!(builder.environment.is_empty(), "variables for nobody: {:?}", builder.environment);
+        assert!(builder.launchers.is_empty(), "launchers of nobody: {:?}", builder.launchers);
         let mut cluster = Self { members, redis, mongo, directory };
         cluster.configure(builder.settings);
         // In any order: each waits for those that it needs.
@@ -181,7 +185,8 @@ impl Cluster {
 
     fn spawn(&mut self, node: Node) {
         let [config, ready] = ["toml", "json"].map(|kind| self.file(node, kind).display().to_string());
-        let mut command = Sanjay::new([node.role.name(), "--config", &config, "--ready-file", &ready]);
+        let arguments = [node.role.name(), "--config", &config, "--ready-file", &ready];
+        let mut command = Sanjay::launched(&self.member(node).launcher, arguments);
         for (name, value) in &self.member(node).environment {
             command = command.env(name, value);
         }
@@ -282,9 +287,11 @@ impl Cluster {
         String::from_utf8_lossy(&log).into_owned()
     }
 
-    /// From its next start on, a process has only the usual environment.
+    /// From its next start on, a process has only the usual environment, and no launcher.
     pub fn forget_environment(&mut self, node: impl Into<Node>) {
-        self.member_mut(node.into()).environment.clear();
+        let member = self.member_mut(node.into());
+        member.environment.clear();
+        member.launcher.clear();
     }
 
     /// Where configuration, data and logs are.

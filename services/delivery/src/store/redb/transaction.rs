@@ -67,7 +67,7 @@ impl Ended<'_> {
             State::Acked | State::Scheduled | State::Accepted | State::Dead => record.acked += self.count,
         }
         record.dead += self.dead;
-        //MUT
+        record.bytes = record.bytes.saturating_sub(self.bytes);
         record.collapsing = record.collapsing.saturating_sub(self.keys);
     }
 }

@@ -216,7 +216,7 @@ async fn a_full_inbox_refuses_until_there_is_room() {
 #[tokio::test]
 async fn a_full_inbox_gives_up_its_oldest_where_that_is_wanted() {
     let small = |builder: ClusterBuilder| {
-        builder.set("delivery.max_unsettled", 2).set("delivery.overflow", "dead_letter_oldest")
+        builder.set("delivery.max_unsettled", 2).set("delivery.overflow", "\"dead_letter_oldest\"")
     };
     on_each_store(small, async |mut cluster| {
         let first = send(&cluster, "1", &SendOptions::default()).await;
@@ -226,7 +226,7 @@ async fn a_full_inbox_gives_up_its_oldest_where_that_is_wanted() {
         let fourth = send(&cluster, "4", &SendOptions::default()).await;
         becomes(&cluster, &first.message_id, DeliveryState::Dead).await;
         becomes(&cluster, &second.message_id, DeliveryState::Dead).await;
-        let letters = sanjay(&cluster, &["dlq", "list", "--json", "--reason", "queue-full"]).await;
+        let letters = sanjay(&cluster, &["dlq", "list", "--json", "--reason", "queue_full"]).await;
         let ids: Vec<_> = letters.iter().map(|letter| letter["message_id"].as_str().unwrap()).collect();
         assert_eq!(ids, [&second.message_id, &first.message_id]);
         let mut peer = bob(&cluster).await;

@@ -96,6 +96,11 @@ impl History {
         self.faults.push(self.accepted);
     }
 
+    /// Users who have an inbox: something in it was accepted.
+    pub(crate) fn inboxes(&self) -> usize {
+        self.users.values().filter(|user| !user.accepted.is_empty()).count()
+    }
+
     /// Messages that were accepted so far.
     pub(crate) fn accepted(&self) -> usize {
         self.accepted

@@ -27,7 +27,7 @@ use rows::Row;
 use storm::{Context, Outcome};
 
 /// Rows of a short run at once: most of a row is waiting.
-const AT_ONCE: usize = 2;
+const AT_ONCE: usize = 3;
 
 /// Breaks each part under load, and compares what was accepted with what arrived.
 #[derive(Debug, Parser)]
@@ -74,7 +74,7 @@ async fn main() -> anyhow::Result<ExitCode> {
 /// Runs a row and says what came of it. The flag says whether it passed.
 async fn perform(row: Row, seed: u64, short: bool) -> (Outcome, bool) {
     let context = Context { seed, short, store: row.store };
-    let limit = Duration::from_secs(if short { 150 } else { 420 });
+    let limit = Duration::from_secs(if short { 240 } else { 480 });
     let began = Instant::now();
     // What panics is a row that failed.
     let row_ends = AssertUnwindSafe(tokio::time::timeout(limit, (row.run)(context))).catch_unwind();
@@ -92,6 +92,8 @@ async fn perform(row: Row, seed: u64, short: bool) -> (Outcome, bool) {
     let passed = outcome.problems.is_empty();
     let seconds = began.elapsed().as_secs();
     say(&format!("{}: {} seed={seed}", row.name, outcome.report));
+    // Beside the lines that are read by programs.
+    let _ = writeln!(std::io::stderr().lock(), "{}: {seconds} s", row.name);
     for problem in &outcome.problems {
         say(&format!("    FAILED after {seconds} s: {problem}"));
     }

@@ -20,7 +20,7 @@ use crate::{
 
 /// How long senders may take for their repeats once everything is repaired, users for what is left, and inboxes until
 /// they are settled.
-const REST: Duration = Duration::from_secs(60);
+const REST: Duration = Duration::from_secs(90);
 
 /// How long one thing may take that is under way already.
 pub(crate) const SOON: Duration = Duration::from_secs(20);
@@ -57,11 +57,11 @@ impl Context {
             users: USERS,
             // A server for MongoDB's protocol on a small machine takes fewer.
             rate: match (self.short, self.store) {
-                (true, Store::Redb) => 300,
-                (true, Store::Mongo) => 120,
+                (true, Store::Redb) => 200,
+                (true, Store::Mongo) => 60,
                 (false, _) => 650,
             },
-            storm: Duration::from_secs(self.pick(6, 60)),
+            storm: Duration::from_secs(self.pick(5, 60)),
             padding: 16,
             away: false,
             every: 1,
@@ -314,10 +314,10 @@ impl Storm {
             self.cluster.restart(node).await;
         }
         for &node in &deliveries {
-            let users = self.run.load.users as u64;
-            let looked = until(SOON, async || self.metric(node, AUDITED).await >= users).await;
+            let inboxes = self.run.history().inboxes() as u64;
+            let looked = until(SOON, async || self.metric(node, AUDITED).await >= inboxes).await;
             if !looked {
-                self.run.complain(format!("{node} did not audit {users} inboxes"));
+                self.run.complain(format!("{node} did not audit {inboxes} inboxes"));
             }
             self.audited(node).await;
         }

@@ -22,8 +22,8 @@ pub(crate) async fn poison(context: Context) -> anyhow::Result<Outcome> {
     let mut load = context.load();
     (load.every, load.faulty) = (20, Faulty::Poison);
     let mut storm = Storm::begin(&context, cluster, load).await?;
-    let died = async || storm.sum(Role::Delivery, DIED).await > 0;
-    anyhow::ensure!(until(PATIENCE, died).await, "no message died");
+    let given_back = async || storm.sum(Role::Edge, "sanjay_edge_naks_total").await > 0;
+    anyhow::ensure!(until(PATIENCE, given_back).await, "no client gave anything back");
     storm.fault();
     let expect = Expect { accepted: 0.4, faults: 1 };
     storm.calm(expect).await;
@@ -35,13 +35,13 @@ pub(crate) async fn poison(context: Context) -> anyhow::Result<Outcome> {
         let owed = storm.run.history().poisoned().len();
         storm.run.complain(format!("not all of {owed} poison messages became dead letters"));
     }
+    let died = storm.sum(Role::Delivery, "sanjay_delivery_dead_letters_total{reason=\"max_attempts\"}").await;
+    anyhow::ensure!(died > 0, "no message died of its attempts");
     storm.record_dead().await;
     storm.run.cure();
     redrive(&storm).await?;
     Ok(storm.finish(expect).await)
 }
-
-const DIED: &str = "sanjay_delivery_dead_letters_total{reason=\"max_attempts\"}";
 
 /// Sends all dead letters again, and waits until each was taken.
 async fn redrive(storm: &Storm) -> anyhow::Result<()> {

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use sanjay_client::{Client, DeliveryState, InboxEvent, protocol::Payload};
 use sanjay_testkit::{
-    Cluster, ClusterBuilder, End, Peer, Role, Wire, backend, client_options,
+    Cluster, ClusterBuilder, End, Peer, Role, backend, client_options,
     collector::{CollectedSpan, Collector},
     eventually,
     proxy::Proxy,
@@ -13,27 +13,13 @@ use sanjay_testkit::{
 use serde_json::{Value, json};
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 
+use crate::stores::{metric, on_each_store, usual};
+
 /// The longest that the first two attempts and the look for them take, with much to spare.
 const LONG: Duration = Duration::from_secs(20);
 
 /// The ack deadline of tests that wait for it.
 const DEADLINE: Duration = Duration::from_millis(600);
-
-/// Runs a scenario on each kind of store.
-async fn on_each_store<F: Future<Output = ()>>(
-    settings: impl Fn(ClusterBuilder) -> ClusterBuilder,
-    scenario: impl Fn(Cluster) -> F,
-) {
-    for builder in [Cluster::builder(), Cluster::builder().mongo()] {
-        // Users count as offline soon after their socket is gone.
-        let builder = settings(builder.set("router.lease_ms", 1_000));
-        within(60, "a scenario on one store", async { scenario(builder.start().await).await }).await;
-    }
-}
-
-fn usual(builder: ClusterBuilder) -> ClusterBuilder {
-    builder
-}
 
 fn with_deadline(builder: ClusterBuilder) -> ClusterBuilder {
     builder.set("edge.ack_deadline_ms", DEADLINE.as_millis())
@@ -58,19 +44,13 @@ async fn bob(cluster: &Cluster) -> Peer {
     Peer::with_inbox(&cluster.url(), "bob", 64).await
 }
 
-async fn metric(cluster: &Cluster, role: Role, name: &str) -> u64 {
-    let page = Wire::get(&format!("{}/metrics", cluster.admin(role))).await.body;
-    let line = page.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-    line.map_or(0, |value| value.parse().expect("a number"))
-}
-
 fn error(answer: &Value) -> (&str, &str) {
     (answer["error"]["code"].as_str().unwrap(), answer["error"]["message"].as_str().unwrap())
 }
 
 #[tokio::test]
 async fn a_nak_brings_the_message_again_and_its_delay_is_kept() {
-    on_each_store(usual, async |cluster| {
+    on_each_store(60, usual, async |cluster| {
         let id = send(&cluster, "poison").await;
         let mut peer = bob(&cluster).await;
         assert_eq!(next(&mut peer).await, (1, 1));
@@ -105,7 +85,7 @@ async fn a_nak_brings_the_message_again_and_its_delay_is_kept() {
 
 #[tokio::test]
 async fn what_is_given_up_never_comes_again() {
-    on_each_store(usual, async |cluster| {
+    on_each_store(60, usual, async |cluster| {
         let (broken, good) = (send(&cluster, "broken").await, send(&cluster, "good").await);
         let mut peer = bob(&cluster).await;
         assert_eq!((next(&mut peer).await, next(&mut peer).await), ((1, 1), (2, 1)));
@@ -124,7 +104,7 @@ async fn what_is_given_up_never_comes_again() {
 
 #[tokio::test]
 async fn an_ack_behind_a_nak_wins() {
-    on_each_store(usual, async |cluster| {
+    on_each_store(60, usual, async |cluster| {
         let id = send(&cluster, "second thoughts").await;
         let mut peer = bob(&cluster).await;
         assert_eq!(next(&mut peer).await, (1, 1));
@@ -140,7 +120,7 @@ async fn an_ack_behind_a_nak_wins() {
 
 #[tokio::test]
 async fn who_works_keeps_the_message_and_who_rests_loses_it() {
-    on_each_store(with_deadline, async |cluster| {
+    on_each_store(60, with_deadline, async |cluster| {
         send(&cluster, "long work").await;
         let mut peer = bob(&cluster).await;
         assert_eq!(next(&mut peer).await, (1, 1));
@@ -165,7 +145,7 @@ async fn who_works_keeps_the_message_and_who_rests_loses_it() {
 #[tokio::test]
 async fn a_half_open_client_burns_no_attempt() {
     let settings = |builder| with_deadline(builder).set("edge.heartbeat_grace_ms", 1_000);
-    on_each_store(settings, async |cluster| {
+    on_each_store(60, settings, async |cluster| {
         send(&cluster, "into the void").await;
         let proxy = Proxy::to_port(cluster.port(Role::Edge)).await;
         let mut lost = Peer::with_inbox(&format!("ws://{}/v1/ws", proxy.address()), "bob", 64).await;
@@ -184,7 +164,7 @@ async fn a_half_open_client_burns_no_attempt() {
 
 #[tokio::test]
 async fn each_connection_of_a_user_has_its_own_deliveries() {
-    on_each_store(usual, async |cluster| {
+    on_each_store(60, usual, async |cluster| {
         let id = send(&cluster, "for one of them").await;
         let (mut phone, mut laptop) = (bob(&cluster).await, bob(&cluster).await);
         assert_eq!((next(&mut phone).await, next(&mut laptop).await), ((1, 1), (1, 1)));
@@ -202,7 +182,7 @@ async fn each_connection_of_a_user_has_its_own_deliveries() {
 
 #[tokio::test]
 async fn a_nak_that_was_answered_survives_kills() {
-    on_each_store(usual, async |mut cluster| {
+    on_each_store(60, usual, async |mut cluster| {
         let id = send(&cluster, "killed meanwhile").await;
         let mut peer = bob(&cluster).await;
         assert_eq!(next(&mut peer).await, (1, 1));
@@ -222,7 +202,7 @@ async fn a_nak_that_was_answered_survives_kills() {
 
 #[tokio::test]
 async fn who_was_away_when_the_next_attempt_was_due_gets_it_at_once() {
-    on_each_store(usual, async |cluster| {
+    on_each_store(60, usual, async |cluster| {
         send(&cluster, "later").await;
         let mut peer = bob(&cluster).await;
         assert_eq!(next(&mut peer).await, (1, 1));
@@ -241,7 +221,7 @@ async fn who_was_away_when_the_next_attempt_was_due_gets_it_at_once() {
 
 #[tokio::test]
 async fn a_busy_connection_with_little_credit_gets_its_redelivery() {
-    on_each_store(usual, async |cluster| {
+    on_each_store(60, usual, async |cluster| {
         for n in 1..=3 {
             send(&cluster, &format!("message {n}")).await;
         }
@@ -265,7 +245,7 @@ async fn a_busy_connection_with_little_credit_gets_its_redelivery() {
 
 #[tokio::test]
 async fn the_rust_client_gives_messages_back() {
-    on_each_store(usual, async |cluster| {
+    on_each_store(60, usual, async |cluster| {
         let id = send(&cluster, "for the application").await;
         let client = Client::connect(client_options(&cluster.url(), "bob", seed())).await.unwrap();
         let mut inbox = client.inbox().unwrap();

@@ -6,26 +6,15 @@ use sanjay_client::{
     BackendError, DeadLetterFilter, DeadReason, DeliveryState, RedriveDeadLettersRequest, protocol::Payload,
 };
 use sanjay_testkit::{
-    API_KEY, Cluster, ClusterBuilder, Finished, Peer, Role, Sanjay, Wire, backend, collector::Collector,
-    within,
+    API_KEY, Cluster, ClusterBuilder, Finished, Peer, Role, Sanjay, backend, collector::Collector, within,
 };
 use serde_json::{Value, json};
 use tokio::time::timeout;
 
+use crate::stores::{metric, on_each_store};
+
 /// The longest that one attempt and the look for it take, with much to spare.
 const LONG: Duration = Duration::from_secs(20);
-
-/// Runs a scenario on each kind of store.
-async fn on_each_store<F: Future<Output = ()>>(
-    settings: impl Fn(ClusterBuilder) -> ClusterBuilder,
-    scenario: impl Fn(Cluster) -> F,
-) {
-    for builder in [Cluster::builder(), Cluster::builder().mongo()] {
-        // Users count as offline soon after their socket is gone.
-        let builder = settings(builder.set("router.lease_ms", 1_000));
-        within(90, "a scenario on one store", async { scenario(builder.start().await).await }).await;
-    }
-}
 
 fn three_attempts(builder: ClusterBuilder) -> ClusterBuilder {
     builder.set("delivery.max_attempts", 3)
@@ -55,12 +44,6 @@ async fn next_delivery(peer: &mut Peer) -> (u64, u64) {
     (message["seq"].as_u64().unwrap(), message["delivery"].as_u64().unwrap())
 }
 
-async fn metric(cluster: &Cluster, name: &str) -> u64 {
-    let page = Wire::get(&format!("{}/metrics", cluster.admin(Role::Delivery))).await.body;
-    let line = page.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-    line.map_or(0, |value| value.parse().expect("a number"))
-}
-
 /// Runs `sanjay dlq`.
 async fn dlq(cluster: &Cluster, arguments: &[&str]) -> Finished {
     let arguments = ["dlq"].iter().chain(arguments);
@@ -76,7 +59,7 @@ async fn dlq_lines(cluster: &Cluster, arguments: &[&str]) -> Vec<Value> {
 
 #[tokio::test]
 async fn a_poison_message_ends_as_a_dead_letter_and_is_sent_again() {
-    on_each_store(three_attempts, async |cluster| {
+    on_each_store(90, three_attempts, async |cluster| {
         let poison = send(&cluster, "poison").await;
         let mut peer = bob(&cluster).await;
         for delivery in 1..=3 {
@@ -137,7 +120,11 @@ async fn a_poison_message_ends_as_a_dead_letter_and_is_sent_again() {
             ("dead_letters_total{reason=\"terminated\"}", 1),
             ("redriven_total", 2),
         ] {
-            assert_eq!(metric(&cluster, &format!("sanjay_delivery_{name}")).await, expected, "{name}");
+            assert_eq!(
+                metric(&cluster, Role::Delivery, &format!("sanjay_delivery_{name}")).await,
+                expected,
+                "{name}"
+            );
         }
         purges(&cluster).await;
     })
@@ -156,7 +143,7 @@ async fn purges(cluster: &Cluster) {
 
 #[tokio::test]
 async fn attempts_are_counted_across_a_kill() {
-    on_each_store(three_attempts, async |mut cluster| {
+    on_each_store(90, three_attempts, async |mut cluster| {
         let id = send(&cluster, "poison").await;
         let mut peer = bob(&cluster).await;
         for delivery in 1..=2 {
@@ -183,7 +170,7 @@ async fn attempts_are_counted_across_a_kill() {
 #[tokio::test]
 async fn a_redrive_that_is_killed_is_repeated_and_sends_nothing_twice() {
     const COUNT: u64 = 60;
-    on_each_store(three_attempts, async |mut cluster| {
+    on_each_store(90, three_attempts, async |mut cluster| {
         let api = backend(&cluster.server()).await;
         for n in 0..COUNT {
             api.send(&["bob"], Payload::Text(n.to_string()), &format!("key {n}")).await.unwrap();
@@ -237,7 +224,7 @@ async fn a_redrive_that_is_killed_is_repeated_and_sends_nothing_twice() {
 #[tokio::test]
 async fn the_command_teaches_when_something_is_wrong() {
     let settings = |builder: ClusterBuilder| builder.set("delivery.max_unsettled", 1);
-    on_each_store(settings, async |cluster| {
+    on_each_store(90, settings, async |cluster| {
         let id = send(&cluster, "first").await;
         let mut peer = bob(&cluster).await;
         assert_eq!(next_delivery(&mut peer).await, (1, 1));

@@ -7,30 +7,14 @@ use sanjay_client::{
     Accepted, DeliveryState, SendOptions, UserResult,
     protocol::{ErrorCode, Payload},
 };
-
-use sanjay_testkit::{
-    API_KEY, Cluster, ClusterBuilder, Peer, Role, Sanjay, Wire, backend, eventually, within,
-};
+use sanjay_testkit::{API_KEY, Cluster, ClusterBuilder, Peer, Role, Sanjay, backend, eventually};
 use serde_json::Value;
 use tokio::time::timeout;
 
+use crate::stores::{metric, on_each_store, usual};
+
 /// The longest that something takes that is due, with much to spare.
 const LONG: Duration = Duration::from_secs(20);
-
-/// Runs a scenario on each kind of store.
-async fn on_each_store<F: Future<Output = ()>>(
-    settings: impl Fn(ClusterBuilder) -> ClusterBuilder,
-    scenario: impl Fn(Cluster) -> F,
-) {
-    for builder in [Cluster::builder(), Cluster::builder().mongo()] {
-        let builder = settings(builder.set("router.lease_ms", 1_000));
-        within(90, "a scenario on one store", async { scenario(builder.start().await).await }).await;
-    }
-}
-
-fn usual(builder: ClusterBuilder) -> ClusterBuilder {
-    builder
-}
 
 fn text(text: &str) -> Payload {
     Payload::Text(text.into())
@@ -71,12 +55,6 @@ async fn bob(cluster: &Cluster) -> Peer {
     Peer::with_inbox(&cluster.url(), "bob", 64).await
 }
 
-async fn metric(cluster: &Cluster, name: &str) -> u64 {
-    let page = Wire::get(&format!("{}/metrics", cluster.admin(Role::Delivery))).await.body;
-    let line = page.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-    line.map_or(0, |value| value.parse().expect("a number"))
-}
-
 /// Runs `sanjay`, and reads the lines that it prints.
 async fn sanjay(cluster: &Cluster, arguments: &[&str]) -> Vec<Value> {
     let command =
@@ -100,7 +78,7 @@ fn collapse(key: &str) -> SendOptions {
 
 #[tokio::test]
 async fn what_expires_is_not_delivered_and_everything_else_is() {
-    on_each_store(usual, async |mut cluster| {
+    on_each_store(90, usual, async |mut cluster| {
         let short = send(&cluster, "for now", &ttl(1_500)).await;
         let long = send(&cluster, "for long", &ttl(600_000)).await;
         let plain = send(&cluster, "for ever", &SendOptions::default()).await;
@@ -118,8 +96,8 @@ async fn what_expires_is_not_delivered_and_everything_else_is() {
         assert_eq!(next(&mut peer).await, (4, "unanswered".to_owned()));
         becomes(&cluster, &seen.message_id, DeliveryState::Expired).await;
         // Since the node was started anew; the first may have gone before or after that.
-        assert!((1..=2).contains(&metric(&cluster, "sanjay_delivery_expired_total").await));
-        let unsettled = async || metric(&cluster, "sanjay_delivery_unsettled_messages").await;
+        assert!((1..=2).contains(&metric(&cluster, Role::Delivery, "sanjay_delivery_expired_total").await));
+        let unsettled = async || metric(&cluster, Role::Delivery, "sanjay_delivery_unsettled_messages").await;
         eventually("all is settled", LONG, async || (unsettled().await == 0).then_some(())).await;
     })
     .await;
@@ -129,7 +107,7 @@ async fn what_expires_is_not_delivered_and_everything_else_is() {
 async fn expired_messages_are_kept_where_that_is_wanted_and_old_age_ends_all() {
     let kept =
         |builder: ClusterBuilder| builder.set("delivery.keep_expired", true).set("delivery.max_age_s", 1);
-    on_each_store(kept, async |mut cluster| {
+    on_each_store(90, kept, async |mut cluster| {
         // It asks for more than a message may have here.
         let old = send(&cluster, "old news", &ttl(600_000)).await;
         cluster.restart(Role::Delivery).await;
@@ -139,13 +117,18 @@ async fn expired_messages_are_kept_where_that_is_wanted_and_old_age_ends_all() {
         assert_eq!(letters[0]["message_id"], old.message_id);
         let letter = sanjay(&cluster, &["dlq", "show", "bob", &old.message_id, "--json"]).await.remove(0);
         assert_eq!(letter["payload"]["text"], "old news");
+        let died = "sanjay_delivery_dead_letters_total{reason=\"expired\"}";
+        // By the node that was started anew, unless the first one was as quick.
+        let next = send(&cluster, "older news", &SendOptions::default()).await;
+        becomes(&cluster, &next.message_id, DeliveryState::Dead).await;
+        assert!((1..=2).contains(&metric(&cluster, Role::Delivery, died).await));
     })
     .await;
 }
 
 #[tokio::test]
 async fn the_newest_message_of_a_collapse_key_takes_the_place_of_the_older_ones() {
-    on_each_store(usual, async |mut cluster| {
+    on_each_store(90, usual, async |mut cluster| {
         let first = send(&cluster, "1 : 0", &collapse("score")).await;
         let other = send(&cluster, "goal!", &SendOptions::default()).await;
         let second = send(&cluster, "2 : 0", &collapse("score")).await;
@@ -181,7 +164,7 @@ async fn a_full_inbox_refuses_until_there_is_room() {
     let small = |builder: ClusterBuilder| {
         builder.set("delivery.max_unsettled", 3).set("delivery.max_unsettled_bytes", 65_536)
     };
-    on_each_store(small, async |mut cluster| {
+    on_each_store(90, small, async |mut cluster| {
         for body in ["1", "2"] {
             send(&cluster, body, &SendOptions::default()).await;
         }
@@ -221,7 +204,7 @@ async fn a_full_inbox_gives_up_its_oldest_where_that_is_wanted() {
     let small = |builder: ClusterBuilder| {
         builder.set("delivery.max_unsettled", 2).set("delivery.overflow", "\"dead_letter_oldest\"")
     };
-    on_each_store(small, async |mut cluster| {
+    on_each_store(90, small, async |mut cluster| {
         let first = send(&cluster, "1", &SendOptions::default()).await;
         let second = send(&cluster, "2", &SendOptions::default()).await;
         let third = send(&cluster, "3", &SendOptions::default()).await;
@@ -229,6 +212,8 @@ async fn a_full_inbox_gives_up_its_oldest_where_that_is_wanted() {
         let fourth = send(&cluster, "4", &SendOptions::default()).await;
         becomes(&cluster, &first.message_id, DeliveryState::Dead).await;
         becomes(&cluster, &second.message_id, DeliveryState::Dead).await;
+        let died = "sanjay_delivery_dead_letters_total{reason=\"queue_full\"}";
+        assert_eq!(metric(&cluster, Role::Delivery, died).await, 1, "since the node was started anew");
         let letters = sanjay(&cluster, &["dlq", "list", "--json", "--reason", "queue_full"]).await;
         let ids: Vec<_> = letters.iter().map(|letter| letter["message_id"].as_str().unwrap()).collect();
         assert_eq!(ids, [&second.message_id, &first.message_id]);
@@ -250,7 +235,7 @@ async fn a_full_inbox_gives_up_its_oldest_where_that_is_wanted() {
 
 #[tokio::test]
 async fn a_scheduled_message_comes_at_its_time_and_once() {
-    on_each_store(usual, async |mut cluster| {
+    on_each_store(90, usual, async |mut cluster| {
         let mut peer = bob(&cluster).await;
         let at = now_us() + 2_500_000;
         let later = SendOptions { deliver_at_us: Some(at), ..SendOptions::dedupe("later") };
@@ -279,7 +264,7 @@ async fn a_scheduled_message_comes_at_its_time_and_once() {
         // A message after it would have to be the third if it had come twice.
         let last = send(&cluster, "last", &SendOptions::default()).await;
         assert_eq!(last.seq, 3);
-        let waiting = async || metric(&cluster, "sanjay_delivery_waiting_scheduled").await;
+        let waiting = async || metric(&cluster, Role::Delivery, "sanjay_delivery_waiting_scheduled").await;
         eventually("nothing waits", LONG, async || (waiting().await == 0).then_some(())).await;
     })
     .await;
@@ -287,7 +272,7 @@ async fn a_scheduled_message_comes_at_its_time_and_once() {
 
 #[tokio::test]
 async fn the_command_line_asks_for_all_of_it() {
-    on_each_store(usual, async |cluster| {
+    on_each_store(90, usual, async |cluster| {
         let key = ["send", "bob", "old", "--collapse-key", "k", "--ttl", "1h"];
         let old = sanjay(&cluster, &key).await.remove(0);
         let key = ["send", "bob", "new", "--collapse-key", "k", "--ttl", "1h"];

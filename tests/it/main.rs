@@ -32,5 +32,6 @@ mod offline;
 mod processes;
 mod python;
 mod store_away;
+mod stores;
 mod trace;
 mod trace_cluster;

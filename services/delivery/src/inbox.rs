@@ -23,8 +23,8 @@ use crate::{
     relay::{Hint, RelayQueue},
     spans::{self, AckTrace},
     store::{
-        Acked, AppendError, Appended, CommitSink, DeadFilter, Failure, InboxQuery, InboxStore, NewMessage,
-        Page, Receipt, Scheduled, ScheduledAt, Settle, SettledMessage, StoreError, Verdict,
+        Acked, AppendError, Appended, CommitSink, DeadFilter, DeadReason, Failure, InboxQuery, InboxStore,
+        NewMessage, Page, Receipt, Scheduled, ScheduledAt, Settle, SettledMessage, StoreError, Verdict,
     },
 };
 
@@ -90,6 +90,10 @@ pub(crate) struct Committed {
 }
 
 impl CommitSink for Committed {
+    fn died(&self, reason: DeadReason, count: usize) {
+        (0..count).for_each(|_| self.metrics.dead(reason));
+    }
+
     fn ended(&self, user: &str, message: &SettledMessage, state: State) {
         self.ring.record(message.message_id.as_bytes(), state.as_str(), recipient(user, message.seq));
         self.metrics.ended(state);

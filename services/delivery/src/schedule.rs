@@ -47,8 +47,10 @@ impl Schedule {
     async fn step(&self) -> Result<bool, StoreError> {
         let now_us = self.clock.now_us();
         let until_us = now_us + CLAIM.as_micros() as u64;
-        let claimed = self.store.claim_scheduled(now_us, until_us, MAX_CLAIM).await?;
+        let mut claimed = self.store.claim_scheduled(now_us, until_us, MAX_CLAIM).await?;
         let more = claimed.len() == MAX_CLAIM;
+        // Of those that came due while nobody looked, or whose claim came to nothing, the earliest first.
+        claimed.sort_by_key(|scheduled| scheduled.deliver_us);
         let messages = claimed.into_iter().map(|scheduled| scheduled.message);
         let looked: Vec<(NewMessage, Result<bool, StoreError>)> = stream::iter(messages)
             .map(|message| async move {

@@ -55,13 +55,16 @@ pub struct InFlight {
     runs: SmallVec<[Run; 2]>,
     /// Messages that failed here, with the newest delivery, the latest last.
     failed: Vec<(u64, u32)>,
+    /// Messages that were acked after they had been sent more than once, or had failed, the latest last: further
+    /// deliveries of them are late.
+    acked: Vec<u64>,
 }
 
 impl InFlight {
     /// Whether there is nothing to remember.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.runs.is_empty() && self.failed.is_empty()
+        self.runs.is_empty() && self.failed.is_empty() && self.acked.is_empty()
     }
 
     /// How many messages are in flight.
@@ -80,6 +83,12 @@ impl InFlight {
     #[must_use]
     pub fn failed(&self, seq: u64) -> Option<u32> {
         self.failed.iter().find(|(failed, _)| *failed == seq).map(|(_, delivery)| *delivery)
+    }
+
+    /// Whether a message is acked, as far as that is remembered.
+    #[must_use]
+    pub fn was_acked(&self, seq: u64) -> bool {
+        self.acked.contains(&seq)
     }
 
     /// A delivery begins; the one before of the same message is over.
@@ -164,8 +173,23 @@ impl InFlight {
         self.runs[at].written = Written::Until(until);
     }
 
+    /// The client acked these messages: they are in flight no more. The next delivery of one that had failed may be on its
+    /// way.
+    pub fn ack(&mut self, from: u64, to: u64) {
+        if !self.failed.is_empty() || self.runs.iter().any(|run| run.delivery > 1) {
+            let again = self.runs.iter().filter(|run| run.delivery > 1);
+            let again = again.flat_map(|run| run.from.max(from)..=run.to.min(to));
+            let failed = self.failed.iter().map(|(seq, _)| *seq).filter(|seq| (from..=to).contains(seq));
+            let late: Vec<u64> = again.chain(failed).collect();
+            self.acked.extend(late);
+            let beyond = self.acked.len().saturating_sub(MAX_FAILED);
+            self.acked.drain(..beyond);
+        }
+        self.settle(from, to);
+    }
+
     /// These messages are in flight no more, and nothing of them is remembered.
-    pub fn settle(&mut self, from: u64, to: u64) {
+    fn settle(&mut self, from: u64, to: u64) {
         self.remove(from, to);
         if !self.failed.is_empty() {
             self.failed.retain(|(seq, _)| *seq < from || *seq > to);

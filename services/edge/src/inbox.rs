@@ -77,7 +77,7 @@ pub struct Cursor {
     owed: u64,
     /// The newest seqs that were acked one behind the other: from, to. A hint of another delivery of these is late.
     acked: (u64, u64),
-    /// Nothing while all that was pushed is acked.
+    /// Nothing while all that was pushed is acked, and nothing of it was sent more than once or failed.
     in_flight: Option<Box<InFlight>>,
     /// How many messages may be unacked.
     credit: u32,
@@ -239,6 +239,9 @@ impl Cursor {
             return false;
         }
         let here = self.in_flight.as_deref();
+        if here.is_some_and(|here| here.was_acked(seq)) {
+            return false;
+        }
         let in_flight = here.and_then(|here| here.delivery(seq));
         let newest = in_flight.or_else(|| here.and_then(|here| here.failed(seq)));
         if newest.is_some_and(|newest| newest >= delivery) {
@@ -261,7 +264,7 @@ impl Cursor {
             let to = to.min(self.last);
             if from <= to {
                 if let Some(in_flight) = &mut self.in_flight {
-                    in_flight.settle(from, to);
+                    in_flight.ack(from, to);
                 }
                 self.note_acked(from, to);
                 pushed.push((from, to));

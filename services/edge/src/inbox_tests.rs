@@ -406,6 +406,28 @@ fn what_failed_frees_its_credit_and_can_still_be_acked() {
 }
 
 #[test]
+fn a_delivery_that_comes_behind_its_ack_is_not_pushed_wherever_the_newest_acks_are() {
+    let (mut cursor, mut steps) = sent(6, 6);
+    cursor.on_ack(&[(5, 6)], &mut steps);
+    for seq in [2, 3] {
+        assert_eq!(cursor.on_failed(seq, 1, &mut steps), Ok(()));
+    }
+    let hint = |delivery, seq| InboxMessage { delivery, ..message(seq) };
+    steps.clear();
+    cursor.on_hint(7, hint(2, 2), &mut steps);
+    assert_eq!(steps, [Step::Push(hint(2, 2))]);
+    // One while its second delivery is in flight, the other before that comes.
+    cursor.on_ack(&[(2, 2)], &mut steps);
+    cursor.on_ack(&[(3, 3)], &mut steps);
+    steps.clear();
+    for late in [hint(2, 2), hint(3, 2), hint(2, 3)] {
+        cursor.on_hint(7, late, &mut steps);
+    }
+    assert_eq!(steps, []);
+    assert!(cursor.has_in_flight(), "1 and 4");
+}
+
+#[test]
 fn a_deadline_begins_anew_for_what_is_worked_on() {
     let (mut cursor, mut steps) = sent(3, 3);
     assert_eq!(cursor.next_due(), Some(5));

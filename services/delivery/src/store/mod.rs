@@ -456,8 +456,8 @@ pub trait InboxStore: Send + Sync + 'static {
     fn schedule(&self, messages: Vec<Scheduled>)
     -> BoxFuture<'static, Vec<Result<ScheduledAt, AppendError>>>;
 
-    /// Hands out up to `limit` scheduled messages whose time has come at `now_us`, the earliest first and without their
-    /// dedupe keys; they come again at `until_us` unless they are unscheduled. No two claims return one message within
+    /// Hands out up to `limit` scheduled messages whose time has come at `now_us`: those that are due first, in any order
+    /// and without their dedupe keys; they come again at `until_us` unless they are unscheduled. No two claims return one message within
     /// that time.
     fn claim_scheduled(
         &self,
@@ -544,6 +544,9 @@ pub trait CommitSink: Send + Sync + 'static {
     /// A message was settled as expired or superseded, durably. A hint: a crash may keep it from being called. It must
     /// neither block nor take long.
     fn ended(&self, user: &str, message: &SettledMessage, state: State);
+
+    /// So many messages become dead letters for a reason that no client reported, durably. A hint like [`Self::ended`].
+    fn died(&self, reason: DeadReason, count: usize);
 }
 
 /// Ignores commits.
@@ -551,6 +554,8 @@ impl CommitSink for () {
     fn committed(&self, _: &NewMessage, _: &Appended) {}
 
     fn ended(&self, _: &str, _: &SettledMessage, _: State) {}
+
+    fn died(&self, _: DeadReason, _: usize) {}
 }
 
 /// What an adapter is opened with.

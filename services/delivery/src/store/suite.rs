@@ -100,6 +100,8 @@ impl CommitSink for Heard {
         self.committed.lock().insert(message.message_id);
     }
 
+    fn died(&self, _: DeadReason, _: usize) {}
+
     fn ended(&self, user: &str, message: &SettledMessage, state: State) {
         if !self.committed.lock().contains(&message.message_id) {
             self.early.lock().push(message.message_id);

@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     message::State,
-    store::{Attempts, CommitSink, Settled, SettledMessage, Verdict},
+    store::{Attempts, CommitSink, DeadReason, Settled, SettledMessage, Verdict},
 };
 
 /// Most acks of one write.
@@ -261,6 +261,12 @@ impl Plan {
     /// Tells what it has ended, once that is durable.
     pub(super) fn tell(&self, sink: &dyn CommitSink, user: &str) {
         self.ended.iter().for_each(|message| sink.ended(user, message, State::Expired));
+        let kept = Verdict::Dead(DeadReason::Expired);
+        let failed = self.parts.iter().flat_map(|part| &part.failed);
+        let kept = failed.filter(|(_, verdict)| *verdict == kept).count();
+        if kept > 0 {
+            sink.died(DeadReason::Expired, kept);
+        }
     }
 
     /// Answers the acks at the front of the queue, which are those of this plan.

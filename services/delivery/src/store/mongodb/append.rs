@@ -20,7 +20,7 @@ use super::{
 };
 use crate::{
     message::State,
-    store::{AppendError, Appended, CommitSink, DEDUPE_WINDOW, StoreError},
+    store::{AppendError, Appended, CommitSink, DEDUPE_WINDOW, DeadReason, StoreError},
 };
 
 /// Most messages of one write.
@@ -239,6 +239,7 @@ pub(super) fn committed(
             sink.ended(user, &open.settled(), State::Superseded);
         }
         if ending.killed > 0 {
+            sink.died(DeadReason::QueueFull, ending.killed);
             // Their dead letters follow at once.
             queue.push_front(Queued::finishing(user, inbox.epoch));
         }

@@ -2,7 +2,8 @@
 //!
 //! Collection `inbox` has one document for each user, whose name is its `_id`. Collection `beside` has what left
 //! those: bodies as `b/USER/FIRST/LAST`, receipts as `r/USER/…`, a dedupe key as `d/DIGEST/USER`, with the user as
-//! `u`. Collection `scheduled` has what waits for its time. Servers take updated documents apart, so an inbox has as few fields as serve.
+//! `u`. Collection `scheduled` has what waits for its time. Servers take updated documents apart, so an inbox has as few
+//! fields as serve.
 
 use std::collections::BTreeMap;
 

@@ -122,14 +122,20 @@ impl Tables<'_> {
         let now_us = self.rules.now_us;
         let inbox = self.inbox(user)?;
         let (mut attempts, settled) = (inbox.record.attempts()?, inbox.record.settled());
-        let mut left = Vec::new();
+        let (mut left, mut died) = (Vec::new(), 0);
         for &seq in seqs.iter().filter(|seq| !settled.holds(**seq)) {
-            if attempts.death(seq).is_none() && !attempts.kill(seq, DeadReason::Expired, now_us) {
+            if attempts.death(seq).is_some() {
+                continue;
+            }
+            if attempts.kill(seq, DeadReason::Expired, now_us) {
+                died += 1;
+            } else {
                 left.push(seq);
             }
         }
         inbox.record.set_attempts(&attempts);
         inbox.changed = true;
+        self.told.died.push((DeadReason::Expired, died));
         self.must_sync = true;
         self.bury(user)?;
         self.inbox(user)?.record.disarm_when_done()?;

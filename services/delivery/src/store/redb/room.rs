@@ -83,7 +83,8 @@ impl Tables<'_> {
         if let Some(seq) = replaced {
             self.end(user, &[seq], State::Superseded)?;
         }
-        if !leave.is_empty() {
+        let left = leave.len();
+        if left > 0 {
             let now_us = self.rules.now_us;
             let inbox = self.inbox(user)?;
             let mut attempts = inbox.record.attempts()?;
@@ -91,6 +92,7 @@ impl Tables<'_> {
                 attempts.kill(seq, DeadReason::QueueFull, now_us);
             }
             inbox.record.set_attempts(&attempts);
+            self.told.died.push((DeadReason::QueueFull, left));
             // They settle up to the mark, which needs no further range.
             self.bury(user)?;
         }

@@ -108,8 +108,6 @@ impl Tables<'_> {
             self.hand_out_at(&user, id, until_us)?;
             claimed.push(scheduled(user, id, record)?);
         }
-        // Of those that came due while nobody looked the earliest first.
-        claimed.sort_by_key(|scheduled| scheduled.deliver_us);
         Ok(claimed)
     }
 

@@ -15,8 +15,8 @@ use super::{
 use crate::{
     message::State,
     store::{
-        Acked, AppendError, Appended, Attempts, DueInbox, FIRST_DUE, MAX_REPORTED, NewMessage, Rearm, Settle,
-        SettledMessage, due, epoch::epoch,
+        Acked, AppendError, Appended, Attempts, DeadReason, DueInbox, FIRST_DUE, MAX_REPORTED, NewMessage,
+        Rearm, Settle, SettledMessage, due, epoch::epoch,
     },
 };
 
@@ -96,12 +96,18 @@ pub(super) struct Tables<'txn> {
     pub(super) rules: Rules,
     /// Whether something was done that must be durable before it is answered.
     pub(super) must_sync: bool,
-    /// What was settled as expired or superseded, for the sink.
-    ended: Vec<EndedMessage>,
+    /// For the sink.
+    pub(super) told: Told,
 }
 
-/// A message that was settled without anybody asking: whose it was, and as what.
-pub(super) type EndedMessage = (String, SettledMessage, State);
+/// What became of messages without anybody asking.
+#[derive(Default)]
+pub(super) struct Told {
+    /// Settled as expired or superseded: whose they were, and as what.
+    pub(super) ended: Vec<(String, SettledMessage, State)>,
+    /// How many became dead letters, and why.
+    pub(super) died: Vec<(DeadReason, usize)>,
+}
 
 impl<'txn> Tables<'txn> {
     /// Opens the tables.
@@ -127,12 +133,12 @@ impl<'txn> Tables<'txn> {
             waiting: HashMap::new(),
             rules,
             must_sync: false,
-            ended: Vec::new(),
+            told: Told::default(),
         })
     }
 
-    /// Writes the changed inboxes. Returns whether the transaction must be durable, and what ended by itself.
-    pub(super) fn finish(mut self) -> Result<(bool, Vec<EndedMessage>), redb::Error> {
+    /// Writes the changed inboxes. Returns whether the transaction must be durable, and what the sink is told.
+    pub(super) fn finish(mut self) -> Result<(bool, Told), redb::Error> {
         for (user, inbox) in self.cache.drain().filter(|(_, inbox)| inbox.changed) {
             self.inboxes.insert(user.as_str(), inbox.record.encode_to_vec().as_slice())?;
             if inbox.due_us != inbox.record.due_us {
@@ -144,7 +150,7 @@ impl<'txn> Tables<'txn> {
                 }
             }
         }
-        Ok((self.must_sync, self.ended))
+        Ok((self.must_sync, self.told))
     }
 
     pub(super) fn inbox(&mut self, user: &str) -> Result<&mut Cached, redb::Error> {
@@ -365,7 +371,7 @@ impl<'txn> Tables<'txn> {
             match &mut ended.report {
                 Some(report) if report.len() < MAX_REPORTED => report.push(settled),
                 Some(_) => {}
-                None => self.ended.push((user.to_owned(), settled, ended.how)),
+                None => self.told.ended.push((user.to_owned(), settled, ended.how)),
             }
         }
         ended.attempts.settle(from, to);

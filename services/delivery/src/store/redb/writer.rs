@@ -20,7 +20,7 @@ use uuid::Uuid;
 use super::{
     file::RedbFile,
     room::Quotas,
-    transaction::{EndedMessage, Rules, Tables},
+    transaction::{Rules, Tables, Told},
 };
 use crate::{
     metrics::Metrics,
@@ -128,8 +128,7 @@ enum Outcome {
 struct Committed {
     /// For each operation.
     outcomes: Vec<Outcome>,
-    /// What was settled in it without anybody asking.
-    ended: Vec<EndedMessage>,
+    told: Told,
     /// How many items were made durable.
     items: usize,
 }
@@ -277,14 +276,17 @@ impl Writer {
             }
             let started = Instant::now();
             match self.commit(&batch) {
-                Ok(Committed { outcomes, ended, items }) => {
+                Ok(Committed { outcomes, told, items }) => {
                     self.metrics.group_commit(items, started.elapsed());
                     for (queued, outcome) in batch.iter().zip(&outcomes) {
                         self.tell(&queued.operation, outcome);
                     }
                     // What was committed and has ended in one batch is heard of in this order.
-                    for (user, message, state) in &ended {
+                    for (user, message, state) in &told.ended {
                         self.on_commit.ended(user, message, *state);
+                    }
+                    for (reason, count) in told.died {
+                        self.on_commit.died(reason, count);
                     }
                     for (queued, outcome) in batch.into_iter().zip(outcomes) {
                         queued.operation.answer(outcome);
@@ -373,7 +375,7 @@ impl Writer {
         for queued in batch {
             outcomes.push(queued.operation.apply(&mut tables)?);
         }
-        let (must_sync, ended) = tables.finish()?;
+        let (must_sync, told) = tables.finish()?;
         // What nobody was promised can wait for the next durable commit.
         let sync = must_sync || self.unsynced.get() >= MAX_UNSYNCED;
         let durability = if sync { Durability::Immediate } else { Durability::None };
@@ -381,7 +383,7 @@ impl Writer {
         transaction.commit()?;
         self.unsynced.set(if sync { 0 } else { self.unsynced.get() + 1 });
         let items = batch.iter().filter(|_| must_sync).map(|queued| queued.operation.items()).sum();
-        Ok(Committed { outcomes, ended, items })
+        Ok(Committed { outcomes, told, items })
     }
 
     /// Tries to open the file again. Says that it could not, unless that was `said`; returns whether it is.

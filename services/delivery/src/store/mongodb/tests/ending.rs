@@ -33,6 +33,8 @@ pub(super) struct Ended(pub(super) Mutex<BTreeMap<u128, Vec<State>>>);
 impl CommitSink for Ended {
     fn committed(&self, _: &NewMessage, _: &Appended) {}
 
+    fn died(&self, _: DeadReason, _: usize) {}
+
     fn ended(&self, _: &str, message: &SettledMessage, state: State) {
         self.0.lock().entry(message.message_id.as_u128()).or_default().push(state);
     }

@@ -17,7 +17,7 @@ use sanjay_testkit::{
 use super::*;
 use crate::message::State;
 use crate::store::{
-    MAX_PAGE_MESSAGES, SettledMessage,
+    DeadReason, MAX_PAGE_MESSAGES, SettledMessage,
     suite::{query, read_all, settle},
 };
 
@@ -41,6 +41,8 @@ pub(super) async fn all(store: &MongoStore, user: &str) -> Vec<(u64, Uuid)> {
 struct Told(Mutex<BTreeMap<String, Vec<u64>>>);
 
 impl CommitSink for Told {
+    fn died(&self, _: DeadReason, _: usize) {}
+
     fn ended(&self, _: &str, _: &SettledMessage, _: State) {}
 
     fn committed(&self, message: &NewMessage, appended: &Appended) {

@@ -5,6 +5,7 @@
     reason = "a failure is a failed test, and its output is for whoever looks into it"
 )]
 
+mod admin;
 mod attempts;
 mod bad_input;
 mod bad_input_grpc;
@@ -26,6 +27,7 @@ mod hops;
 mod inbox;
 mod limits;
 mod live;
+mod many_dead_letters;
 mod many_nodes;
 mod metrics;
 mod offline;

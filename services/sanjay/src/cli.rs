@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::{
-    commands::{bench, check_config, demo, dlq, health, publish, send, sub, token, trace},
+    commands::{admin, bench, check_config, demo, dlq, health, publish, send, sub, token, trace},
     output,
     serve::{
         roles::{DeliveryArgs, EdgeArgs, RouterArgs},
@@ -35,6 +35,7 @@ enum Command {
     Trace(trace::Args),
     Dlq(dlq::Args),
     Token(token::Args),
+    Admin(admin::Args),
     Health(health::Args),
     Bench(bench::Args),
     Demo(demo::Args),
@@ -66,6 +67,7 @@ impl Command {
             Self::Trace(args) => block_on(args.run()),
             Self::Dlq(args) => block_on(args.run()),
             Self::Token(args) => args.run(),
+            Self::Admin(args) => block_on(args.run()),
             Self::Health(args) => block_on(args.run()),
             Self::Bench(args) => serve(args.run()),
             Self::Demo(args) => block_on(args.run()),

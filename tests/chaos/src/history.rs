@@ -451,8 +451,7 @@ impl<'a> Check<'a> {
 
     fn on_connection(&mut self, connection: &mut Connection, seq: u64, delivery: u32) {
         let before = connection.attempts.insert(seq, delivery);
-        // Late hints may repeat a redelivery, of which an edge remembers a few alone.
-        if before.is_some_and(|before| before > delivery || (before, delivery) == (1, 1)) {
+        if before.is_some_and(|before| before >= delivery) {
             self.disorder(seq, "delivered again on one connection without having failed");
         } else if delivery == 1 {
             if before.is_none() && seq < connection.newest {

@@ -1,5 +1,6 @@
 //! The subcommands, one file each: its arguments, and what it does.
 
+pub(crate) mod admin;
 pub(crate) mod bench;
 pub(crate) mod check_config;
 pub(crate) mod demo;

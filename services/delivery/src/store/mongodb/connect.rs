@@ -164,12 +164,7 @@ async fn client_options(location: &Database, metrics: &Metrics) -> MongoResult<C
     options.selection_criteria = Some(SelectionCriteria::ReadPreference(ReadPreference::Primary));
     let durable = WriteConcern::builder().w(Acknowledgment::Majority).journal(true).w_timeout(MAJORITY);
     options.write_concern = Some(durable.build());
-    if !location.username.is_empty() {
-        // What the URI says about where and how to log in stays.
-        let credential = options.credential.get_or_insert_with(Credential::default);
-        credential.username = Some(location.username.clone());
-        credential.password = Some(location.password.expose().to_owned());
-    }
+    credentials(&mut options, location);
     let metrics = metrics.clone();
     options.cmap_event_handler = Some(EventHandler::callback(move |event| match event {
         CmapEvent::ConnectionCheckedOut(_) => metrics.store_connection(1),
@@ -177,6 +172,16 @@ async fn client_options(location: &Database, metrics: &Metrics) -> MongoResult<C
         _ => {}
     }));
     Ok(options)
+}
+
+/// Gives the driver the configured credentials.
+pub(super) fn credentials(options: &mut ClientOptions, location: &Database) {
+    if !location.username.is_empty() {
+        // What the URI says about where and how to log in stays.
+        let credential = options.credential.get_or_insert_with(Credential::default);
+        credential.username = Some(location.username.clone());
+        credential.password = Some(location.password.expose().to_owned());
+    }
 }
 
 /// Whether a server of this version can do what is needed.

@@ -22,6 +22,7 @@ mod queue;
 mod reader;
 mod rearm;
 mod scheduled;
+mod sharding;
 #[cfg(test)]
 mod tests;
 mod tidy;
@@ -44,6 +45,7 @@ use plan::Bounds;
 use prost::Message as _;
 use queue::Queue;
 use sanjay_runtime::clock::SharedClock;
+pub use sharding::{ShardError, shard, shard_commands};
 use tokio::{
     sync::{Semaphore, mpsc, oneshot},
     time::Instant,

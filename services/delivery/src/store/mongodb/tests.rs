@@ -30,6 +30,7 @@ mod faults;
 mod random;
 mod scheduled;
 mod shapes;
+mod sharding;
 
 /// The clocks of tests begin in the year 2100: the server, which has the real time, must not find anything past
 /// its time.

@@ -8,6 +8,7 @@ mod client;
 mod cluster;
 mod fanout;
 mod idle;
+mod inbox;
 mod measure;
 mod orders;
 mod process;
@@ -64,6 +65,8 @@ struct Options {
 
 #[derive(Debug, Subcommand)]
 enum Part {
+    /// Sends with acks, a backlog, and channels without the database, instead of the edge alone.
+    Inbox(inbox::Options),
     /// The load client; takes orders on standard input.
     #[command(hide = true)]
     Client,
@@ -80,6 +83,7 @@ fn main() -> anyhow::Result<()> {
     let options = Options::parse();
     match options.part {
         Some(Part::Client) => client::run(),
+        Some(Part::Inbox(inbox)) => inbox::run(&inbox),
         Some(Part::Raw { sockets }) => raw::run(sockets as usize),
         None => bench(&options),
     }

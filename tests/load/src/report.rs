@@ -85,6 +85,14 @@ fn print(report: &Report, json: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Prints a line of a result.
+///
+/// # Errors
+/// When nobody reads standard output.
+pub(crate) fn line(result: &str) -> anyhow::Result<()> {
+    Ok(writeln!(std::io::stdout().lock(), "{result}")?)
+}
+
 /// Says what is going on.
 pub(crate) fn progress(what: &str) {
     // Nobody to tell when standard error is gone.

@@ -207,6 +207,12 @@ impl Mongo {
         self.own().process.id()
     }
 
+    /// Where its files are.
+    #[must_use]
+    pub fn data(&self) -> &Path {
+        &self.own().data
+    }
+
     /// SIGKILL.
     pub fn kill(&mut self) {
         self.own_mut().process.kill();

@@ -205,9 +205,10 @@ impl Plan {
         self.attempts.dying().filter(|seq| inbox.attempts.death(*seq).is_none())
     }
 
-    /// Whether it leaves nothing unsettled, as far as the inbox is known.
+    /// Whether it leaves nothing unsettled, as far as the inbox is known. One that another node writes to is not known so
+    /// well.
     fn empties(&self, inbox: &Inbox) -> bool {
-        self.count() > 0 && self.settled.mark() >= inbox.head
+        !inbox.shared && self.count() > 0 && self.settled.mark() >= inbox.head
     }
 
     /// Settles what an earlier write noted as dying, as far as there is room for further settled ranges.

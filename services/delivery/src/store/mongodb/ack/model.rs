@@ -71,6 +71,14 @@ fn due(
         }
         return;
     }
+    if inbox.shared {
+        // Another node appends meanwhile, as likely as not, and a condition on its numbers would cost a look each time.
+        // Due too early, the inbox is put right by its next claim.
+        if let Some(next) = next.filter(|_| plan.noted) {
+            update.insert("$min", doc! { "due": next });
+        }
+        return;
+    }
     // Nothing waits to be written, unless something was appended or failed meanwhile.
     filter.insert("seq", inbox.head.cast_signed());
     unless_attempts_changed(&inbox.attempts, inbox.settles, filter);

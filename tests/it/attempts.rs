@@ -120,17 +120,24 @@ async fn an_ack_behind_a_nak_wins() {
 
 #[tokio::test]
 async fn who_works_keeps_the_message_and_who_rests_loses_it() {
-    on_each_store(60, with_deadline, async |cluster| {
+    on_each_store(60, with_deadline, async |mut cluster| {
         send(&cluster, "long work").await;
         let mut peer = bob(&cluster).await;
         assert_eq!(next(&mut peer).await, (1, 1));
         let begun = Instant::now();
         let mut pace = interval(DEADLINE / 4);
         pace.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut killed = false;
         while begun.elapsed() < DEADLINE * 4 {
             pace.tick().await;
             peer.working(1, 1).await;
+            if !killed && begun.elapsed() > DEADLINE {
+                // The edge knows who works; a delivery node has no part in it.
+                cluster.respawn(Role::Delivery);
+                killed = true;
+            }
         }
+        cluster.ready(Role::Delivery).await;
         assert_eq!(metric(&cluster, Role::Edge, "sanjay_edge_ack_deadlines_total").await, 0);
         // A client that only answers heartbeats is alive, and does not work.
         assert_eq!(next(&mut peer).await, (1, 2));
@@ -196,6 +203,25 @@ async fn a_nak_that_was_answered_survives_kills() {
         assert_eq!(next(&mut peer).await, (1, 3));
         peer.ack(1, 1).await;
         assert_eq!(state(&cluster, &id).await, DeliveryState::Acked);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_message_that_was_given_up_stays_dead_across_a_kill() {
+    on_each_store(60, usual, async |mut cluster| {
+        let id = send(&cluster, "given up").await;
+        let mut peer = bob(&cluster).await;
+        assert_eq!(next(&mut peer).await, (1, 1));
+        peer.term(1, 1).await;
+        cluster.restart(Role::Delivery).await;
+        assert_eq!(state(&cluster, &id).await, DeliveryState::Dead);
+        peer.ack(1, 1).await;
+        assert_eq!(state(&cluster, &id).await, DeliveryState::Dead, "an ack comes too late");
+        let api = backend(&cluster.server()).await;
+        let letter = api.get_dead_letter("bob", &id).await.unwrap().expect("it has its letter");
+        assert_eq!((letter.seq, letter.failures.len()), (1, 1));
+        assert!(peer.is_quiet().await);
     })
     .await;
 }

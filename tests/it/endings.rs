@@ -189,6 +189,7 @@ async fn a_full_inbox_refuses_until_there_is_room() {
         let (code, why) = refused(&cluster, large()).await;
         assert_eq!(code, ErrorCode::QueueFull);
         assert!(why.contains("bytes of unsettled messages"), "{why}");
+        cluster.restart(Role::Delivery).await;
         let sent = send_to(&cluster, &["ann", "bob"], text("both"), &key).await;
         assert_eq!(sent[0].result, Ok(Accepted { duplicate: true, ..ann }));
         let late = sent[1].result.clone().unwrap();

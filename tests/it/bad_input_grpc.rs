@@ -34,7 +34,7 @@ fn payload(kind: Kind) -> Option<Payload> {
 
 fn publish(channel: &str) -> PublishRequest {
     let payload = payload(Kind::Text("t".into()));
-    PublishRequest { channel: channel.into(), payload, dedupe_key: String::new() }
+    PublishRequest { channel: channel.into(), payload, ..PublishRequest::default() }
 }
 
 fn send<U: Into<String>>(users: impl IntoIterator<Item = U>) -> SendRequest {

@@ -246,7 +246,7 @@ async fn a_stream_may_be_silent_for_its_time_and_ends_then() {
         let publish = || delivery::PublishRequest {
             channel: "news".to_owned(),
             payload: Some(v1::Payload { kind: Some(v1::payload::Kind::Text("hi".to_owned())) }),
-            dedupe_key: String::new(),
+            ..delivery::PublishRequest::default()
         };
         // One publish, and then nothing.
         let requests = stream::iter([publish()]).chain(stream::pending());

@@ -64,7 +64,7 @@ impl BackEnd {
 
     async fn publish(&self) -> (Result<u64, Status>, Duration) {
         let request =
-            PublishRequest { channel: "news".into(), payload: payload(), dedupe_key: String::new() };
+            PublishRequest { channel: "news".into(), payload: payload(), ..PublishRequest::default() };
         let (began, mut client) = (Instant::now(), self.0.clone());
         let result = client.publish(with_key(request)).await.map(|answer| answer.into_inner().offset);
         (result, began.elapsed())

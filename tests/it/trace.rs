@@ -61,7 +61,7 @@ async fn a_callers_trace_reaches_the_client_and_the_logs() {
         let mut ann = Peer::with_inbox(server.url(), "ann", 64).await;
         ann.subscribe("news").await;
 
-        let publish = PublishRequest { channel: "news".into(), payload: text(), dedupe_key: String::new() };
+        let publish = PublishRequest { channel: "news".into(), payload: text(), ..PublishRequest::default() };
         let published = client.publish(traced(&server, publish)).await.unwrap().into_inner();
         let message = ann.event("message").await;
         assert_eq!(message["message_id"], published.message_id.as_str());

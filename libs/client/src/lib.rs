@@ -7,14 +7,17 @@ mod jitter;
 mod websocket;
 
 pub use backend::{
-    Accepted, Backend, BackendError, BackendOptions, PendingReply, PublishStream, RedriveStream, SendOptions,
-    SendStream, UserResult,
+    Accepted, Backend, BackendError, BackendOptions, DurablyPublished, MembersPage, PendingReply,
+    PublishOptions, PublishStream, ReceiptStream, RedriveStream, SendOptions, SendStream, UserResult,
+    WatchStream,
 };
 pub use jitter::Jitter;
 pub use sanjay_proto::delivery::v1::{
-    DeadLetter, DeadLetterFilter, DeadReason, DeliveryFailure, DeliveryState, GetDeliveryResponse,
-    GetTraceResponse, ListDeadLettersResponse, PurgeDeadLettersRequest, PurgeDeadLettersResponse,
-    RedriveDeadLettersRequest, RedriveDeadLettersResponse,
+    DeadLetter, DeadLetterFilter, DeadReason, DeliveryEvent, DeliveryEventKind, DeliveryFailure,
+    DeliveryState, GetDeliveryResponse, GetTraceResponse, ListDeadLettersResponse, ListDeliveriesRequest,
+    ListDeliveriesResponse, ListedDelivery, PurgeDeadLettersRequest, PurgeDeadLettersResponse, Receipt,
+    ReceiptFilter, ReceiptsRequest, ReceiptsResponse, RedriveDeadLettersRequest, RedriveDeadLettersResponse,
+    WatchDeliveriesRequest, watch_deliveries_response::Result as Watched,
 };
 pub use sanjay_protocol as protocol;
 pub use websocket::{

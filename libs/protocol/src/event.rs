@@ -32,6 +32,8 @@ pub enum Event {
     Message(Box<Message>),
     /// An inbox message.
     Inbox(Box<Inbox>),
+    /// Inbox messages that this client has were settled elsewhere.
+    Settled(Settled),
     /// Channel messages were dropped on the way to this client.
     Gap(Gap),
     /// What is reduced now.
@@ -154,6 +156,15 @@ pub struct Inbox {
     /// W3C `traceparent`.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub trace: String,
+}
+
+/// `settled`: inbox messages that were sent here and not answered need no answer any more.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Settled {
+    /// Epoch of the inbox.
+    pub epoch: String,
+    /// Inclusive ranges of inbox seq, ascending, `[from, to]` each.
+    pub ranges: Vec<(u64, u64)>,
 }
 
 /// `gap`: messages of a channel were dropped for this client.

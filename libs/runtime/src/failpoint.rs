@@ -3,7 +3,9 @@
 //!
 //! `SANJAY_FAILPOINT=delivery.before_relay=abort` ends a delivery node, as abruptly as SIGKILL does, when it is about
 //! to relay what it has just committed; `delivery.before_relay=abort@500` when it is there for the 500th time. With
-//! `delivery.before_ack` it ends when an edge's acks have arrived and none of them is stored.
+//! `delivery.before_ack` it ends when an edge's acks have arrived and none of them is stored, with `delivery.fan_out` when a
+//! step of a durable publication is done, with `delivery.fan_out_noted` when its messages are in MongoDB and that is about
+//! to be noted.
 
 /// The environment variable that names a place and what happens there.
 #[cfg(debug_assertions)]

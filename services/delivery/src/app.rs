@@ -9,15 +9,17 @@ use sanjay_runtime::{
     Context, MilestoneRing, Validate,
     grpc::{MAX_MESSAGE, PeerMetrics, PeerPool, PoolOptions, ServeOptions, cluster_auth, serve_with},
 };
-use tokio::net::TcpListener;
+use tokio::{net::TcpListener, sync::Notify};
 use tonic::service::{Routes, interceptor::InterceptedService};
 
 use crate::{
     audit::Audit,
     auth::ApiKeys,
-    config::Config,
+    config::{Config, Devices},
     dead::DeadLetters,
-    grpc::{BackendApi, EdgeApi},
+    events::Events,
+    fanout::{Channels, FanOut},
+    grpc::{BackendApi, EdgeApi, readers},
     inbox::{Committed, Inbox},
     metrics::{Metrics, PEERS},
     path::{Paths, Recipients, SERVICE},
@@ -26,6 +28,7 @@ use crate::{
     relay,
     router::Router,
     schedule::Schedule,
+    settled,
     store::{self, StoreOptions},
     sweep::Sweep,
 };
@@ -58,8 +61,16 @@ pub async fn start(
     let metrics = Metrics::register(registry);
     let ring = Arc::new(MilestoneRing::new(MILESTONES, SERVICE, context.clock.clone()));
     let (relay_queue, relay) = relay::queue(metrics.clone());
+    let events = Events::new(context.clock.clone(), metrics.clone());
+    let (notices, telling) = settled::queue(metrics.clone());
     let options = StoreOptions {
-        on_commit: Arc::new(Committed { relay: relay_queue, ring: ring.clone(), metrics: metrics.clone() }),
+        on_commit: Arc::new(Committed {
+            relay: relay_queue,
+            notices: notices.clone(),
+            ring: ring.clone(),
+            events: events.clone(),
+            metrics: metrics.clone(),
+        }),
         max_unsettled: config.max_unsettled,
         max_unsettled_bytes: config.max_unsettled_bytes,
         overflow: config.overflow.into(),
@@ -74,9 +85,10 @@ pub async fn start(
     let router = routers(&config, &context, &PeerMetrics::register(registry, "delivery", &PEERS), &metrics)?;
     let recipients = Arc::new(Recipients::default());
 
-    // These two end by themselves when what feeds them is gone: the store, and the services.
-    let relaying = relay.run(router.clone(), ring.clone(), context.lifecycle.soft());
+    // These three end by themselves when what feeds them is gone: the store, and the services.
+    let relaying = relay.run(router.clone(), ring.clone(), events.clone(), context.lifecycle.soft());
     spawn(&context, "delivery relay", relaying);
+    spawn(&context, "delivery notices", telling.run(router.clone(), context.lifecycle.soft()));
     let (publisher, lane) = publish::queue(ring.clone(), context.clock.clone(), context.random.clone());
     spawn(&context, "delivery publish", lane.run(router.clone()));
     let redelivery = Redelivery {
@@ -89,18 +101,46 @@ pub async fn start(
     };
     spawn(&context, "delivery redelivery", redelivery.run(context.lifecycle.soft()));
     let sweep = Sweep { store: store.clone(), clock: store.clock() };
+    if config.devices == Devices::Every {
+        let forgotten = metrics.devices.forgotten.clone();
+        spawn(&context, "delivery devices", sweep.clone().forget(forgotten, context.lifecycle.soft()));
+    }
     spawn(&context, "delivery expiry", sweep.clone().expire(context.lifecycle.soft()));
     spawn(&context, "delivery sweep", sweep.run(context.lifecycle.soft()));
     let schedule = Schedule { store: store.clone(), clock: store.clock() };
     spawn(&context, "delivery schedule", schedule.run(context.lifecycle.soft()));
+
+    let wake = Arc::new(Notify::new());
+    let fan_out = FanOut {
+        store: store.clone(),
+        ring: ring.clone(),
+        clock: store.clock(),
+        metrics: metrics.clone(),
+        wake: wake.clone(),
+    };
+    spawn(&context, "delivery fan-out", fan_out.run(context.lifecycle.soft()));
+    let measuring = FanOut::measure(store.clone(), metrics.clone(), store.clock(), context.lifecycle.soft());
+    spawn(&context, "delivery fan-out backlog", measuring);
+    let channels = Channels {
+        store: store.clone(),
+        ring: ring.clone(),
+        clock: context.clock.clone(),
+        random: context.random.clone(),
+        metrics: metrics.clone(),
+        max_age: config.max_age(),
+        max_members: config.max_members,
+        wake,
+    };
 
     let audit = Audit::new(store.clone(), metrics.clone());
     spawn(&context, "delivery audit", audit.run(context.lifecycle.soft()));
 
     let inbox = Inbox {
         store: store.clone(),
+        notices,
         ring: ring.clone(),
         recipients: recipients.clone(),
+        events,
         clock: context.clock.clone(),
         random: context.random.clone(),
         metrics: metrics.clone(),
@@ -118,12 +158,15 @@ pub async fn start(
         inbox: inbox.clone(),
         dead_letters,
         publisher,
+        channels,
         paths: Paths { ring, recipients, store, router },
         metrics,
+        log_readers: readers(),
         deadline: config.call_timeout(),
         stop: context.lifecycle.soft(),
     };
-    let edge = EdgeApi { inbox, deadline: config.call_timeout() };
+    let every_device = config.devices == Devices::Every;
+    let edge = EdgeApi { inbox, deadline: config.call_timeout(), every_device };
     serve(&config, listener, &context, backend, edge).await?;
     ready.set(true);
     Ok(())

@@ -100,6 +100,9 @@ impl InboxStore for Inboxes {
     }
 
     crate::store::schedules_nothing!();
+    crate::store::logs_nothing!();
+    crate::store::fans_out_nothing!();
+    crate::store::knows_no_devices!();
 
     fn sweep(&self, _: u64, _: usize) -> BoxFuture<'static, Result<usize, StoreError>> {
         unreachable!("the audit removes nothing")

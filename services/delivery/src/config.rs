@@ -27,6 +27,16 @@ pub enum Overflow {
     DeadLetterOldest,
 }
 
+/// Which devices of a user have to acknowledge a message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Devices {
+    /// Any of them: the first ack settles it.
+    Any,
+    /// Every one: it is settled when all that are registered have acked it.
+    Every,
+}
+
 impl From<Overflow> for store::Overflow {
     fn from(overflow: Overflow) -> Self {
         match overflow {
@@ -67,8 +77,12 @@ pub struct Config {
     pub max_age_s: u64,
     /// Whether expired messages are kept as dead letters.
     pub keep_expired: bool,
+    /// Which devices of a user have to acknowledge a message: `any`, or `every` one.
+    pub devices: Devices,
     /// How many deliveries of a message may fail before it becomes a dead letter, 1 to 100.
     pub max_attempts: u32,
+    /// How many members a channel may have, 1 to 100,000,000.
+    pub max_members: u64,
     /// How long a call may take before it is answered with `unavailable`, in milliseconds, 100 to 60,000.
     pub call_timeout_ms: u64,
 }
@@ -88,7 +102,9 @@ impl Default for Config {
             overflow: Overflow::Reject,
             max_age_s: 0,
             keep_expired: false,
+            devices: Devices::Any,
             max_attempts: 8,
+            max_members: 1_000_000,
             call_timeout_ms: 5_000,
         }
     }
@@ -171,6 +187,10 @@ impl Validate for Config {
             let problem = format!("is {}, out of bounds", self.max_attempts);
             return error("max_attempts", problem, "set it between 1 and 100");
         }
+        if !(1..=100_000_000).contains(&self.max_members) {
+            let problem = format!("is {}, out of bounds", self.max_members);
+            return error("max_members", problem, "set it between 1 and 100000000");
+        }
         if !(100..=60_000).contains(&self.call_timeout_ms) {
             let problem = format!("is {}, out of bounds", self.call_timeout_ms);
             return error("call_timeout_ms", problem, "set it between 100 and 60000");
@@ -212,7 +232,7 @@ mod tests {
         let key = |name: &str, sha256: &str| ApiKey { name: name.into(), sha256: sha256.into() };
         let good = crate::hash_api_key("k");
         type Change = Box<dyn Fn(&mut Config)>;
-        let cases: [(&str, Change); 16] = [
+        let cases: [(&str, Change); 18] = [
             ("delivery.store", Box::new(|c| c.store = "mongo".into())),
             ("delivery.store", Box::new(|c| c.store = "mongodb://a:1".into())),
             ("delivery.store", Box::new(|c| c.store = "mongodb://bob:hunter2@a:1/db".into())),
@@ -235,6 +255,8 @@ mod tests {
             ("delivery.max_age_s", Box::new(|c| c.max_age_s = 315_360_001)),
             ("delivery.max_attempts", Box::new(|c| c.max_attempts = 0)),
             ("delivery.max_attempts", Box::new(|c| c.max_attempts = 101)),
+            ("delivery.max_members", Box::new(|c| c.max_members = 0)),
+            ("delivery.max_members", Box::new(|c| c.max_members = 100_000_001)),
             ("delivery.call_timeout_ms", Box::new(|c| c.call_timeout_ms = 1)),
             ("delivery.api_keys[0].name", Box::new(move |c| c.api_keys = vec![key("", "")])),
             ("delivery.api_keys[0].sha256", Box::new(move |c| c.api_keys = vec![key("a", "12")])),

@@ -17,14 +17,17 @@ use tracing::{Instrument, Span};
 use uuid::Uuid;
 
 use crate::{
+    events::{EventKind, Events},
     message::State,
     metrics::Metrics,
     path::{Recipients, SERVICE, attempt, recipient},
     relay::{Hint, RelayQueue},
+    settled::{Notice, Notices},
     spans::{self, AckTrace},
     store::{
         Acked, AppendError, Appended, CommitSink, DeadFilter, DeadReason, Failure, InboxQuery, InboxStore,
-        NewMessage, Page, Receipt, Scheduled, ScheduledAt, Settle, SettledMessage, StoreError, Verdict,
+        Known, LoggedReceipt, NewMessage, Page, Receipt, RegisterError, Scheduled, ScheduledAt, Settle,
+        SettledMessage, StoreError, Verdict,
     },
 };
 
@@ -82,16 +85,45 @@ impl StoreError {
     }
 }
 
+impl RegisterError {
+    /// The code of the protocol for it.
+    pub(crate) fn code(&self) -> ErrorCode {
+        match self {
+            RegisterError::TooMany => ErrorCode::LimitExceeded,
+            RegisterError::Store(error) => error.code(),
+        }
+    }
+}
+
 /// Notes what was committed and hands it to the relay, in the order of the commits.
 pub(crate) struct Committed {
     pub(crate) relay: RelayQueue,
+    pub(crate) notices: Notices,
     pub(crate) ring: Arc<MilestoneRing>,
+    pub(crate) events: Events,
     pub(crate) metrics: Metrics,
 }
 
 impl CommitSink for Committed {
+    fn gone(&self, user: &str, epoch: u64, seqs: &[u64]) {
+        self.notices.offer(Notice { user: user.to_owned(), epoch, seqs: seqs.to_vec() });
+    }
+
     fn died(&self, reason: DeadReason, count: usize) {
         (0..count).for_each(|_| self.metrics.dead(reason));
+    }
+
+    fn watches(&self) -> bool {
+        self.events.watched()
+    }
+
+    fn settled(&self, receipt: &LoggedReceipt) {
+        self.events.settled(receipt);
+    }
+
+    fn filling(&self, user: &str, messages: u64, bytes: u64) {
+        let detail = || format!("{messages} messages, {bytes} bytes");
+        self.events.tell_with(EventKind::InboxFilling, user, None, 0, "", detail);
     }
 
     fn ended(&self, user: &str, message: &SettledMessage, state: State) {
@@ -110,6 +142,8 @@ impl CommitSink for Committed {
             detail: recipient(&message.user, appended.seq),
         }]);
         self.ring.record(message_id, "committed", "");
+        let (id, caller) = (Some(appended.message_id), &message.caller);
+        self.events.tell_with(EventKind::Accepted, &message.user, id, appended.seq, caller, String::new);
         self.relay.offer(Hint {
             user: message.user.clone(),
             epoch: appended.epoch,
@@ -126,8 +160,10 @@ impl CommitSink for Committed {
 #[derive(Clone)]
 pub(crate) struct Inbox {
     pub(crate) store: Arc<dyn InboxStore>,
+    pub(crate) notices: Notices,
     pub(crate) ring: Arc<MilestoneRing>,
     pub(crate) recipients: Arc<Recipients>,
+    pub(crate) events: Events,
     pub(crate) clock: SharedClock,
     pub(crate) random: SharedRandom,
     pub(crate) metrics: Metrics,
@@ -165,6 +201,7 @@ impl Inbox {
                     trace,
                     expires_us,
                     collapse_key: send.collapse_key.clone(),
+                    shared: None,
                 };
                 (message, processing)
             })
@@ -179,7 +216,7 @@ impl Inbox {
                 .zip(results)
                 .zip(processing)
                 .map(|((user, result), processing)| {
-                    this.accepted(&user, &result);
+                    this.accepted(&user, &send.caller, &result);
                     if let Err(error) = &result {
                         spans::refused(&processing, error.code().as_str());
                     }
@@ -218,7 +255,7 @@ impl Inbox {
     }
 
     /// Counts a result, and remembers whose message it is.
-    fn accepted(&self, user: &str, result: &Result<Accepted, AppendError>) {
+    fn accepted(&self, user: &str, caller: &str, result: &Result<Accepted, AppendError>) {
         match result {
             Ok(Accepted::Appended(appended)) => {
                 self.metrics.send("ok");
@@ -229,6 +266,11 @@ impl Inbox {
                 self.metrics.send("ok");
                 self.metrics.scheduled(scheduled.duplicate);
                 let detail = format!("user {user}, until {} µs", scheduled.deliver_us);
+                if !scheduled.duplicate {
+                    let (id, until) =
+                        (Some(scheduled.message_id), || format!("until {} µs", scheduled.deliver_us));
+                    self.events.tell_with(EventKind::Scheduled, user, id, 0, caller, until);
+                }
                 self.ring.record(scheduled.message_id.as_bytes(), State::Scheduled.as_str(), detail);
                 self.recipients.learn(scheduled.message_id, &Arc::from(user), 0);
             }
@@ -237,13 +279,18 @@ impl Inbox {
     }
 
     /// Reads parts of inboxes for an edge, in the order of the queries.
-    pub(crate) async fn read(&self, queries: Vec<InboxQuery>) -> Vec<Result<Page, StoreError>> {
+    pub(crate) async fn read(&self, queries: Vec<InboxQuery>) -> Vec<Result<Page, RegisterError>> {
         let users: Vec<Arc<str>> = queries.iter().map(|query| Arc::from(query.user.as_str())).collect();
-        let pages = self.store.read(queries).await;
+        let first: Vec<bool> = queries.iter().map(|query| query.after.is_none()).collect();
+        let pages = self.pages(queries).await;
         self.metrics.reads(pages.len());
         let mut handed_out = Vec::new();
-        for (user, page) in users.iter().zip(&pages) {
+        for ((user, first), page) in users.iter().zip(first).zip(&pages) {
             let Ok(page) = page else { continue };
+            if first && !page.messages.is_empty() {
+                // Another session may have these in flight, and is to say so when it acks them.
+                self.notices.offer(Notice { user: user.to_string(), epoch: page.epoch, seqs: Vec::new() });
+            }
             for message in &page.messages {
                 self.ring.record(&message.message_id, "read", recipient(user, message.seq));
                 if let Ok(message_id) = Uuid::from_slice(&message.message_id) {
@@ -261,17 +308,63 @@ impl Inbox {
         pages
     }
 
+    /// Reads, and registers the devices for which that is.
+    async fn pages(&self, queries: Vec<InboxQuery>) -> Vec<Result<Page, RegisterError>> {
+        let devices = queries.iter().any(|query| query.device.is_some());
+        let by_device = if devices { queries.clone() } else { Vec::new() };
+        let pages = self.store.read(queries).await;
+        let mut pages: Vec<Result<Page, RegisterError>> =
+            pages.into_iter().map(|page| page.map_err(RegisterError::from)).collect();
+        let (mut places, mut seen) = (Vec::new(), Vec::new());
+        for (place, (query, page)) in by_device.iter().zip(&pages).enumerate() {
+            let (Some(device), Ok(page)) = (&query.device, page) else { continue };
+            if page.device != Known::Lately {
+                places.push((place, page.device));
+                seen.push((query.user.clone(), device.clone()));
+            }
+        }
+        if seen.is_empty() {
+            return pages;
+        }
+        let results = self.store.register(seen).await;
+        let mut again = Vec::new();
+        for ((place, known), result) in places.into_iter().zip(results) {
+            match result {
+                // What it was to note can wait for the next read.
+                _ if known == Known::LongAgo => {}
+                Ok(()) => {
+                    self.metrics.devices.registered.inc();
+                    again.push(place);
+                }
+                Err(error) => {
+                    if error == RegisterError::TooMany {
+                        self.metrics.devices.refused.inc();
+                    }
+                    pages[place] = Err(error);
+                }
+            }
+        }
+        let read = self.store.read(again.iter().map(|place| by_device[*place].clone()).collect()).await;
+        for (place, page) in again.into_iter().zip(read) {
+            pages[place] = page.map_err(RegisterError::from);
+        }
+        pages
+    }
+
     /// Settles messages and notes what was written and what failed, in the order of the entries; `traces` has what came
-    /// back with each of them.
+    /// back with each of them, and `shared` whether other sessions may have in flight what it settles.
     pub(crate) async fn ack(
         &self,
         settles: Vec<Settle>,
         traces: Vec<AckTrace>,
+        shared: Vec<bool>,
         reported: Vec<Milestone>,
     ) -> Vec<Result<Acked, StoreError>> {
         self.ring.absorb(reported);
         let users: Vec<Arc<str>> = settles.iter().map(|settle| Arc::from(settle.user.as_str())).collect();
         let failures: Vec<Vec<Failure>> = settles.iter().map(|settle| settle.failed.clone()).collect();
+        let epochs: Vec<u64> = settles.iter().map(|settle| settle.epoch).collect();
+        settles.iter().for_each(|settle| self.written(settle));
         let began = Instant::now();
         failpoint::hit("delivery.before_ack");
         let results = self.store.ack(settles).await;
@@ -288,6 +381,14 @@ impl Inbox {
                 self.ring.record(message_id.as_bytes(), "acked", recipient(user, message.seq));
                 self.recipients.learn(message_id, user, message.seq);
             }
+        }
+        for (((user, epoch), shared), result) in users.iter().zip(epochs).zip(shared).zip(&results) {
+            let Some(acked) = result.as_ref().ok().filter(|acked| shared && !acked.messages.is_empty())
+            else {
+                continue;
+            };
+            let seqs = acked.messages.iter().map(|message| message.seq).collect();
+            self.notices.offer(Notice { user: user.to_string(), epoch, seqs });
         }
         let looks = stream::iter(deaths);
         looks.for_each_concurrent(MAX_LOOKS, |(filter, count)| self.died(filter, count, began)).await;
@@ -317,7 +418,11 @@ impl Inbox {
                 }
             }
             self.metrics.failed(failure.kind);
-            if let Some(message_id) = self.recipients.at(user, *seq) {
+            let message_id = self.recipients.at(user, *seq);
+            if matches!(verdict, Verdict::Again(_)) {
+                self.events.failing(user, message_id, failure);
+            }
+            if let Some(message_id) = message_id {
                 self.ring.record(message_id.as_bytes(), "failed", attempt(failure));
             }
         }
@@ -342,6 +447,19 @@ impl Inbox {
             let detail = format!("{}, {}", recipient(&letter.user, letter.seq), letter.reason.as_str());
             self.ring.record(letter.message_id.as_bytes(), "dead", detail);
             self.recipients.learn(letter.message_id, &Arc::from(letter.user.as_str()), letter.seq);
+        }
+    }
+
+    /// Tells of messages that an edge wrote to sockets of their user.
+    fn written(&self, settle: &Settle) {
+        if !self.events.watched() {
+            return;
+        }
+        let user: Arc<str> = Arc::from(settle.user.as_str());
+        let first = Some((settle.written, 1)).filter(|(seq, _)| *seq > 0);
+        for (seq, delivery) in first.into_iter().chain(settle.rewritten.iter().copied()) {
+            let (id, detail) = (self.recipients.at(&user, seq), || format!("delivery {delivery}"));
+            self.events.tell_with(EventKind::Written, &user, id, seq, "", detail);
         }
     }
 

@@ -1,5 +1,8 @@
 //! Everything that delivery counts and measures.
 
+mod devices;
+mod fanout;
+
 use std::{
     sync::{Arc, atomic::AtomicU64},
     time::Duration,
@@ -16,6 +19,7 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 
+pub(crate) use devices::DeviceCounters;
 use sanjay_protocol::ErrorCode;
 use sanjay_resilience::Breakers;
 use sanjay_runtime::{
@@ -131,14 +135,23 @@ pub struct Metrics {
     /// The counters of `relays`, by [`Outcome`].
     relayed: Arc<[Counter; 5]>,
     redeliveries: Counter,
+    notices: Family<OutcomeLabel, Counter>,
+    pub(crate) devices: DeviceCounters,
     failures: Family<KindLabel, Counter>,
     failures_lost: Counter,
     dead: Family<ReasonLabel, Counter>,
     redriven: Counter,
+    receipts_read: Counter,
+    events_missed: Counter,
     dead_letters: Gauge,
     armed: Gauge,
     unsettled: Gauge,
     oldest_undelivered: Gauge<f64, AtomicU64>,
+    published_durably: Counter,
+    publications_finished: Counter,
+    fanned_out: Counter,
+    unfinished: Gauge,
+    oldest_unfinished: Gauge<f64, AtomicU64>,
     audit_difference: Gauge,
     audit_inboxes: Counter,
     store_errors: Counter,
@@ -185,14 +198,23 @@ impl Metrics {
             relays,
             relayed: Arc::new(relayed),
             redeliveries: Counter::default(),
+            notices: Family::default(),
+            devices: DeviceCounters::default(),
             failures: Family::default(),
             failures_lost: Counter::default(),
             dead: Family::default(),
             redriven: Counter::default(),
+            receipts_read: Counter::default(),
+            events_missed: Counter::default(),
             dead_letters: Gauge::default(),
             armed: Gauge::default(),
             unsettled: Gauge::default(),
             oldest_undelivered: Gauge::default(),
+            published_durably: Counter::default(),
+            publications_finished: Counter::default(),
+            fanned_out: Counter::default(),
+            unfinished: Gauge::default(),
+            oldest_unfinished: Gauge::default(),
             audit_difference: Gauge::default(),
             audit_inboxes: Counter::default(),
             store_errors: Counter::default(),
@@ -209,7 +231,10 @@ impl Metrics {
         };
         metrics.register_calls(registry);
         metrics.register_inboxes(registry);
+        metrics.register_fan_out(registry);
+        metrics.devices.register(registry);
         metrics.register_failures(registry);
+        metrics.register_readers(registry);
         metrics.register_store(registry);
         metrics.register_shared_store(registry);
         metrics
@@ -247,6 +272,12 @@ impl Metrics {
         registry.register("delivery_relays", help, self.relays.clone());
         let help = "Inbox hints relayed again because no edge reported the message written";
         registry.register("delivery_redeliveries", help, self.redeliveries.clone());
+        for outcome in Outcome::ALL {
+            let _series = self.notices.get_or_create(&OutcomeLabel { outcome: outcome.as_str() });
+        }
+        let help = "Hints to a user's sessions about what was settled elsewhere, or that there is another session, by what \
+                    became of them";
+        registry.register("delivery_notices", help, self.notices.clone());
     }
 
     fn register_inboxes(&self, registry: &mut Registry) {
@@ -261,7 +292,7 @@ impl Metrics {
             "Messages that wait for their time; where nodes share a store, each of them says how many all of it holds",
             self.waiting.clone(),
         );
-        let help = "Sends recognised by their dedupe key";
+        let help = "Sends and durable publishes recognised by their dedupe key";
         registry.register("delivery_dedupe_hits", help, self.duplicates.clone());
         let help = "Inboxes that wait for redelivery";
         registry.register("delivery_due_inboxes", help, self.armed.clone());
@@ -299,6 +330,13 @@ impl Metrics {
         // A name of its own: a gauge and a counter of one name are one family twice.
         let help = "Dead letters in the store, those that were sent again included";
         registry.register("delivery_kept_dead_letters", help, self.dead_letters.clone());
+    }
+
+    fn register_readers(&self, registry: &mut Registry) {
+        let help = "Receipts given to back ends that read the log of receipts";
+        registry.register("delivery_receipts_read", help, self.receipts_read.clone());
+        let help = "Live events that back ends missed because they read them too slowly";
+        registry.register("delivery_events_missed", help, self.events_missed.clone());
     }
 
     fn register_store(&self, registry: &mut Registry) {
@@ -383,12 +421,13 @@ impl Metrics {
         }
     }
 
-    /// A message was settled as expired or superseded.
+    /// A message was settled as expired or superseded, or because a device was forgotten.
     pub(crate) fn ended(&self, state: State) {
         match state {
+            State::Acked => drop(self.acked.inc()),
             State::Expired => drop(self.expired.inc()),
             State::Superseded => drop(self.superseded.inc()),
-            State::Scheduled | State::Accepted | State::Acked | State::Dead => {}
+            State::Scheduled | State::Accepted | State::Dead => {}
         }
     }
 
@@ -422,6 +461,16 @@ impl Metrics {
         self.redriven.inc();
     }
 
+    /// Receipts were given to a back end.
+    pub(crate) fn receipts_read(&self, count: usize) {
+        self.receipts_read.inc_by(count as u64);
+    }
+
+    /// A watcher was too slow for so many events.
+    pub(crate) fn events_missed(&self, count: u64) {
+        self.events_missed.inc_by(count);
+    }
+
     /// Pages were read for an edge.
     pub(crate) fn reads(&self, count: usize) {
         self.reads.inc_by(count as u64);
@@ -430,6 +479,11 @@ impl Metrics {
     /// What became of hints.
     pub(crate) fn relayed(&self, outcome: Outcome, count: usize) {
         self.relayed[outcome as usize].inc_by(count as u64);
+    }
+
+    /// What became of hints about what was settled.
+    pub(crate) fn told(&self, outcome: Outcome, count: usize) {
+        self.notices.get_or_create(&OutcomeLabel { outcome: outcome.as_str() }).inc_by(count as u64);
     }
 
     /// Hints were relayed again.

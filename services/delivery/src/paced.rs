@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use tokio::time::MissedTickBehavior;
+use tokio::{sync::Notify, time::MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
 use crate::store::StoreError;
@@ -17,6 +17,19 @@ pub(crate) async fn paced<F>(
     every: Duration,
     what: &'static str,
     stop: CancellationToken,
+    step: impl FnMut() -> F,
+) where
+    F: Future<Output = Result<bool, StoreError>>,
+{
+    paced_or_woken(every, &Notify::new(), what, stop, step).await;
+}
+
+/// Like [`paced`], and takes steps at once also when it is woken, unless the store refused the last one.
+pub(crate) async fn paced_or_woken<F>(
+    every: Duration,
+    wake: &Notify,
+    what: &'static str,
+    stop: CancellationToken,
     mut step: impl FnMut() -> F,
 ) where
     F: Future<Output = Result<bool, StoreError>>,
@@ -24,7 +37,12 @@ pub(crate) async fn paced<F>(
     let mut ticks = tokio::time::interval(every);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut failing = false;
-    while stop.run_until_cancelled(ticks.tick()).await.is_some() {
+    loop {
+        tokio::select! {
+            _ = ticks.tick() => {}
+            () = wake.notified(), if !failing => {}
+            () = stop.cancelled() => break,
+        }
         // A step is asked for only when the one before it is answered, so that the sends that were queued meanwhile
         // come first.
         while !stop.is_cancelled() {
@@ -111,6 +129,38 @@ mod tests {
         heap.left.store(1, Ordering::Relaxed);
         sleep(Duration::from_millis(2)).await;
         assert_eq!(heap.left.load(Ordering::Relaxed), 0);
+        stop.cancel();
+        task.await.unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_is_woken_does_not_wait() {
+        let (heap, wake, stop) =
+            (Arc::new(Heap::default()), Arc::new(Notify::new()), CancellationToken::new());
+        let (steps, woken, stopped) = (heap.clone(), wake.clone(), stop.clone());
+        let task = tokio::spawn(async move {
+            let step = || async {
+                steps.steps.fetch_add(1, Ordering::Relaxed);
+                if steps.busy.load(Ordering::Relaxed) { Err(StoreError::Busy) } else { Ok(false) }
+            };
+            paced_or_woken(EVERY, &woken, "the heap stays", stopped, step).await;
+        });
+        sleep(Duration::from_millis(1)).await;
+        for expected in 2..5 {
+            wake.notify_one();
+            sleep(Duration::from_millis(1)).await;
+            assert_eq!(heap.steps.load(Ordering::Relaxed), expected);
+        }
+        // A store that refuses gets its rest, whoever calls.
+        heap.busy.store(true, Ordering::Relaxed);
+        wake.notify_one();
+        sleep(Duration::from_millis(1)).await;
+        wake.notify_one();
+        sleep(REST - Duration::from_millis(10)).await;
+        assert_eq!(heap.steps.load(Ordering::Relaxed), 5);
+        heap.busy.store(false, Ordering::Relaxed);
+        sleep(REST).await;
+        assert!(heap.steps.load(Ordering::Relaxed) > 5);
         stop.cancel();
         task.await.unwrap();
     }

@@ -36,6 +36,10 @@ const MAX_CLAIMS: usize = 64;
 /// Most messages of one inbox that are relayed in one scan. The edge reads the rest from the log.
 const MAX_MESSAGES: usize = 64;
 
+/// How often an inbox is relayed again of which some device has everything: the others have missed it, or are away and
+/// read it when they come.
+const MISSED_ATTEMPTS: u32 = 3;
+
 /// For how long a claim holds: longer than the calls that finish it may take together.
 const CLAIM: Duration = Duration::from_secs(30);
 
@@ -170,12 +174,14 @@ impl Redelivery {
             after: Some(inbox.after),
             limit: MAX_MESSAGES,
             only: Vec::new(),
+            device: None,
         });
         let retries = claimed.iter().filter(|inbox| !inbox.retries.is_empty()).map(|inbox| InboxQuery {
             user: inbox.user.clone(),
             after: None,
             limit: MAX_RETRIES,
             only: inbox.retries.iter().map(|(seq, _)| *seq).collect(),
+            device: None,
         });
         let pages = self.store.read(unwritten.chain(retries).collect()).await;
         let mut pages = pages.into_iter();
@@ -197,10 +203,18 @@ impl Redelivery {
         let next = match attempt.result {
             // A router that is away says nothing about the user, so the schedule stays where it is.
             AttemptResult::NotTried => soon(attempt.inbox.attempt),
+            AttemptResult::Tried if attempt.inbox.is_missed_in_vain() => Next::Parked,
             AttemptResult::Tried => soon(attempt.inbox.attempt.saturating_add(1)),
             AttemptResult::NothingToDo | AttemptResult::Offline => Next::Parked,
         };
         Rearm { user: attempt.inbox.user, armed: attempt.inbox.armed, next }
+    }
+}
+
+impl DueInbox {
+    /// Whether only devices can lack something that did not take it however often it was relayed.
+    fn is_missed_in_vain(&self) -> bool {
+        self.missed && self.retries.is_empty() && self.attempt + 1 >= MISSED_ATTEMPTS
     }
 }
 
@@ -221,6 +235,8 @@ struct Attempt {
     inbox: DueInbox,
     /// To relay, in ascending seq.
     messages: Vec<InboxMessage>,
+    /// The devices that have acked one of them.
+    acked_by: BTreeMap<u64, Vec<String>>,
     result: AttemptResult,
 }
 
@@ -241,6 +257,7 @@ impl Attempt {
         } else {
             AttemptResult::NotTried
         };
+        let acked_by = retries.iter().flatten().flat_map(|page| page.acked_by.iter().cloned()).collect();
         // A redelivery may be unwritten too, when an edge never said that it wrote what failed.
         let messages: BTreeMap<u64, InboxMessage> = [Some(unwritten), retries]
             .into_iter()
@@ -248,17 +265,20 @@ impl Attempt {
             .flat_map(|page| page.unwrap_or_default().messages)
             .map(|message| (message.seq, message))
             .collect();
-        Self { inbox, messages: messages.into_values().collect(), result }
+        Self { inbox, messages: messages.into_values().collect(), acked_by, result }
     }
 
     fn hints(&mut self) -> impl Iterator<Item = InboxHint> + use<> {
         let (user, inbox_epoch) = (self.inbox.user.clone(), self.inbox.epoch);
         let attempt = self.inbox.attempt.saturating_add(1);
+        let mut acked_by = std::mem::take(&mut self.acked_by);
         std::mem::take(&mut self.messages).into_iter().map(move |message| InboxHint {
+            done: acked_by.remove(&message.seq).unwrap_or_default(),
             user: user.clone(),
             message: Some(message),
             inbox_epoch,
             attempt,
+            ..InboxHint::default()
         })
     }
 

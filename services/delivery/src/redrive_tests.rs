@@ -88,6 +88,9 @@ struct Watched {
 
 impl InboxStore for Watched {
     crate::store::schedules_nothing!();
+    crate::store::logs_nothing!();
+    crate::store::fans_out_nothing!();
+    crate::store::knows_no_devices!();
 
     fn oldest_undelivered(&self, limit: usize) -> BoxFuture<'static, Result<Option<u64>, StoreError>> {
         self.store.oldest_undelivered(limit)
@@ -177,6 +180,9 @@ impl Planted {
 
 impl InboxStore for Planted {
     crate::store::schedules_nothing!();
+    crate::store::logs_nothing!();
+    crate::store::fans_out_nothing!();
+    crate::store::knows_no_devices!();
 
     fn oldest_undelivered(&self, _: usize) -> BoxFuture<'static, Result<Option<u64>, StoreError>> {
         unreachable!("a redrive does not ask for it")
@@ -333,7 +339,8 @@ impl World {
 
     /// What waits for a user.
     async fn inbox(&self, user: usize) -> Vec<String> {
-        let query = InboxQuery { user: format!("u{user}"), after: None, limit: 256, only: Vec::new() };
+        let query =
+            InboxQuery { user: format!("u{user}"), after: None, limit: 256, only: Vec::new(), device: None };
         let page = self.watched.store.read(vec![query]).await.pop().unwrap().unwrap();
         let bodies = page.messages.into_iter().map(|message| match message.payload.unwrap().kind {
             Some(Kind::Text(body)) => body,

@@ -18,7 +18,11 @@ use sanjay_runtime::{
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use crate::{metrics::Metrics, router};
+use crate::{
+    events::{EventKind, Events},
+    metrics::Metrics,
+    router,
+};
 
 /// Most hints that wait.
 const MAX_QUEUED: usize = 16_384;
@@ -96,7 +100,7 @@ impl From<Hint> for InboxHint {
             delivery: 1,
             trace: hint.trace,
         };
-        InboxHint { user: hint.user, message: Some(message), inbox_epoch: hint.epoch, attempt: 0 }
+        InboxHint { user: hint.user, message: Some(message), inbox_epoch: hint.epoch, ..InboxHint::default() }
     }
 }
 
@@ -141,6 +145,7 @@ impl Relay {
         mut self,
         router: router::Router,
         ring: Arc<MilestoneRing>,
+        events: Events,
         stop: CancellationToken,
     ) {
         let (mut ready, mut away) = (Vec::new(), false);
@@ -152,8 +157,11 @@ impl Relay {
                     continue;
                 }
                 let ids: Vec<Uuid> = call.iter().map(|hint| hint.message_id).collect();
+                let watched = call.iter().filter(|_| events.watched());
+                let places: Vec<_> = watched.map(|hint| (hint.user.clone(), hint.seq)).collect();
                 match router.relay(call.into_iter().map(InboxHint::from).collect()).await {
                     Ok(outcomes) => {
+                        tell(&events, &places, &ids, &outcomes);
                         self.note(&ring, &ids, outcomes);
                         if std::mem::replace(&mut away, false) {
                             tracing::info!("hints are relayed again");
@@ -175,6 +183,15 @@ impl Relay {
             let stage = if outcome == Outcome::Offline { "parked" } else { "relayed" };
             ring.record(message_id.as_bytes(), stage, outcome.as_str());
             self.metrics.relayed(outcome, 1);
+        }
+    }
+}
+
+/// Tells of hints that were handed to an edge; `places` has the user and the seq of each, or nothing when nobody watched.
+fn tell(events: &Events, places: &[(String, u64)], ids: &[Uuid], outcomes: &[i32]) {
+    for (((user, seq), id), outcome) in places.iter().zip(ids).zip(outcomes) {
+        if Outcome::from_number(*outcome) == Outcome::Relayed {
+            events.tell(EventKind::Relayed, user, Some(*id), *seq);
         }
     }
 }

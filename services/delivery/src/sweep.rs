@@ -3,10 +3,14 @@
 
 use std::{sync::Arc, time::Duration};
 
+use prometheus_client::metrics::counter::Counter;
 use sanjay_runtime::clock::SharedClock;
 use tokio_util::sync::CancellationToken;
 
-use crate::{paced::paced, store::InboxStore};
+use crate::{
+    paced::paced,
+    store::{Forgotten, InboxStore},
+};
 
 /// How often records that are past their time are looked for.
 const EVERY: Duration = Duration::from_secs(60);
@@ -29,6 +33,16 @@ impl Sweep {
     pub(crate) async fn run(self, stop: CancellationToken) {
         let step = || async { Ok(self.store.sweep(self.clock.now_us(), STEP).await? >= STEP) };
         paced(EVERY, "receipts and dedupe keys past their time stay", stop, step).await;
+    }
+
+    /// Forgets devices that were not seen for long until `stop`, and counts them.
+    pub(crate) async fn forget(self, forgotten: Counter, stop: CancellationToken) {
+        let step = || async {
+            let Forgotten { devices, more } = self.store.forget_devices(self.clock.now_us(), STEP).await?;
+            forgotten.inc_by(devices as u64);
+            Ok(more)
+        };
+        paced(EVERY, "devices that are gone are not forgotten", stop, step).await;
     }
 
     /// Settles expired messages until `stop`.

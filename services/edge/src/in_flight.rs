@@ -173,6 +173,23 @@ impl InFlight {
         self.runs[at].written = Written::Until(until);
     }
 
+    /// Appends what of `from..=to` is in flight to ranges that lie below it.
+    pub fn held(&self, from: u64, to: u64, held: &mut Vec<(u64, u64)>) {
+        let mut runs: SmallVec<[(u64, u64); 2]> = self
+            .runs
+            .iter()
+            .map(|run| (run.from.max(from), run.to.min(to)))
+            .filter(|(from, to)| from <= to)
+            .collect();
+        runs.sort_unstable();
+        for (from, to) in runs {
+            match held.last_mut() {
+                Some(last) if last.1 + 1 == from => last.1 = to,
+                _ => held.push((from, to)),
+            }
+        }
+    }
+
     /// The client acked these messages: they are in flight no more. The next delivery of one that had failed may be on its
     /// way.
     pub fn ack(&mut self, from: u64, to: u64) {

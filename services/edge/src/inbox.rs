@@ -274,6 +274,28 @@ impl Cursor {
         pushed
     }
 
+    /// These messages were settled elsewhere. Returns what of them was in flight, ascending, which needs no answer any
+    /// more.
+    pub fn on_settled(
+        &mut self,
+        epoch: u64,
+        ranges: &[(u64, u64)],
+        steps: &mut Vec<Step>,
+    ) -> Vec<(u64, u64)> {
+        if self.epoch() != Some(epoch) {
+            return Vec::new();
+        }
+        let Some(in_flight) = &mut self.in_flight else { return Vec::new() };
+        let mut told: Vec<(u64, u64)> = Vec::new();
+        for &(from, to) in ranges {
+            in_flight.held(from, to, &mut told);
+            // Another delivery of one that failed here may be on its way, and is late.
+            in_flight.ack(from, to);
+        }
+        self.freed(steps);
+        told
+    }
+
     /// The client gave this delivery back: another follows later, or none.
     ///
     /// # Errors

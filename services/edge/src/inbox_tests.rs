@@ -457,3 +457,39 @@ fn a_delivery_without_room_is_read_as_soon_as_there_is_some() {
     cursor.on_page(InboxPage { epoch: 7, mark: 0, head: 3, covers: 1, messages, error: None }, &mut steps);
     assert_eq!(steps, [Step::Push(again)]);
 }
+
+#[test]
+fn what_was_settled_elsewhere_is_not_in_flight_any_more() {
+    let (mut cursor, mut steps) = (Cursor::new(4), Vec::new());
+    cursor.resync(&mut steps);
+    cursor.on_page(log(6).page(None, 4), &mut steps);
+    assert_eq!((cursor.last(), cursor.has_in_flight()), (4, true));
+    cursor.on_ack(&[(2, 2)], &mut steps);
+    steps.clear();
+    assert_eq!(cursor.on_settled(8, &[(1, 4)], &mut steps), [], "of another inbox");
+    // 2 was answered here, and 5 was not sent.
+    assert_eq!(cursor.on_settled(7, &[(1, 3), (5, 5)], &mut steps), [(1, 1), (3, 3)]);
+    assert_eq!(cursor.on_settled(7, &[(1, 3)], &mut steps), [], "once");
+    assert_eq!(steps, [Step::Read { after: Some(4), limit: 3 }], "its room is free");
+    let steps = &mut Vec::new();
+    assert_eq!(cursor.on_failed(3, 1, steps), Err(Stale::NotInFlight));
+    cursor.on_page(log(6).page(Some(4), 3), &mut Vec::new());
+    assert_eq!(cursor.on_settled(7, &[(4, 6)], steps), [(4, 6)]);
+    assert!(!cursor.has_in_flight());
+}
+
+#[test]
+fn a_late_delivery_of_what_was_settled_elsewhere_is_not_pushed() {
+    let (mut cursor, mut steps) = (Cursor::new(4), Vec::new());
+    cursor.resync(&mut steps);
+    cursor.on_page(log(2).page(None, 4), &mut steps);
+    cursor.on_failed(1, 1, &mut steps).unwrap();
+    assert_eq!(cursor.on_settled(7, &[(1, 1)], &mut steps), [], "it was given back");
+    cursor.on_hint(7, InboxMessage { delivery: 2, ..message(2) }, &mut steps);
+    assert_eq!(cursor.on_settled(7, &[(2, 2)], &mut steps), [(2, 2)]);
+    steps.clear();
+    for seq in [1, 2] {
+        cursor.on_hint(7, InboxMessage { delivery: 3, ..message(seq) }, &mut steps);
+    }
+    assert_eq!(steps, []);
+}

@@ -72,6 +72,8 @@ pub struct Metrics {
     pub terms: Counter,
     /// Deliveries that living clients did not answer in time.
     pub ack_deadlines: Counter,
+    /// Times that a client was told that messages in flight were settled elsewhere.
+    pub settled_pushes: Counter,
     /// From a channel message's time stamp until all sockets of a shard were written.
     pub channel_latency: Histogram,
     /// From an inbox message's time stamp until a socket was written.
@@ -127,6 +129,7 @@ impl Metrics {
             naks: Counter::default(),
             terms: Counter::default(),
             ack_deadlines: Counter::default(),
+            settled_pushes: Counter::default(),
             channel_latency: of_kind("channel"),
             inbox_latency: of_kind("inbox"),
             gaps: Counter::default(),
@@ -196,6 +199,9 @@ impl Metrics {
         registry.register("edge_terms", "Inbox messages that clients gave up", self.terms.clone());
         let help = "Deliveries that living clients did not answer within the ack deadline";
         registry.register("edge_ack_deadlines", help, self.ack_deadlines.clone());
+        let help =
+            "Times that a client was told that messages which it had not answered were settled elsewhere";
+        registry.register("edge_settled_pushes", help, self.settled_pushes.clone());
         let help = "Gaps that subscribers were told of, counted once for each channel and shard";
         registry.register("edge_gaps", help, self.gaps.clone());
         let help = "Channel messages that found a shard's queue full; not zero means overload";

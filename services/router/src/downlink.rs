@@ -194,13 +194,15 @@ impl Downlink {
         self.send_marks(&mut marks);
     }
 
-    /// Sends a hint, or marks the edge for a resync; false when it was not sent.
+    /// Sends a hint, or marks the edge for a resync when it was about a message; false when it was not sent.
     pub(crate) fn hint(&self, hint: &Arc<InboxHint>) -> bool {
         match self.sender.try_send(Down::Hint(Arc::clone(hint))) {
             Ok(()) => true,
             Err(refused) if refused.is_full() => {
                 self.metrics.dropped(DropReason::Full);
-                self.resync();
+                if hint.message.is_some() {
+                    self.resync();
+                }
                 false
             }
             Err(_) => {
@@ -311,12 +313,19 @@ mod tests {
     #[test]
     fn dropped_hints_become_one_resync() {
         let (link, mut receiver) = downlink(1);
-        let hint = Arc::new(InboxHint::default());
+        let message = Some(sanjay_proto::client::v1::InboxMessage::default());
+        let hint = Arc::new(InboxHint { message, ..InboxHint::default() });
         assert!(link.hint(&hint));
         assert!(!link.hint(&hint) && !link.hint(&hint));
         assert_eq!(take(&mut receiver, 9), ["hint"]);
         link.flush_marks();
         assert_eq!(take(&mut receiver, 9), ["resync"]);
+        // Of what was settled elsewhere nobody needs to hear.
+        let settled = Arc::new(InboxHint { newcomer: true, ..InboxHint::default() });
+        assert!(link.hint(&settled) && !link.hint(&settled));
+        assert_eq!(take(&mut receiver, 9), ["hint"]);
+        link.flush_marks();
+        assert!(take(&mut receiver, 9).is_empty());
     }
 
     #[test]

@@ -142,8 +142,9 @@ impl Router for RouterService {
             let invalid =
                 |text: &dyn std::fmt::Display| Status::invalid_argument(format!("hints[{at}]: {text}"));
             names::check("user", &hint.user).map_err(|error| invalid(&error))?;
-            if hint.message.is_none() {
-                return Err(invalid(&"message is missing; give the committed message"));
+            if hint.message.is_none() && hint.settled.is_empty() && !hint.newcomer {
+                let why = "message is missing; give the committed message, or what was settled, or newcomer";
+                return Err(invalid(&why));
             }
         }
         let outcomes = self.relay.relay(hints).await;

@@ -14,7 +14,7 @@ use futures::{FutureExt, StreamExt};
 use prometheus_client::registry::Registry as MetricsRegistry;
 use sanjay_proto::{
     LINK_VERSION,
-    client::v1::{InboxMessage, Payload, payload::Kind},
+    client::v1::{InboxMessage, Payload, SeqRange, payload::Kind},
     edge::v1::{
         AttachRequest, CloseSession, EdgeEvent, EdgeHello, InboxHint, OpenSession, Publish, RouterEvent,
         Subscribe, Unsubscribe, edge_event, router_event::Event,
@@ -144,7 +144,7 @@ impl Router {
 
     async fn relay(&self, user: &str) -> RelayOutcome {
         let message = Some(InboxMessage { seq: 1, ..InboxMessage::default() });
-        let hint = InboxHint { user: user.into(), message, inbox_epoch: 1, attempt: 0 };
+        let hint = InboxHint { user: user.into(), message, inbox_epoch: 1, ..InboxHint::default() };
         self.relay.relay(vec![hint]).await[0]
     }
 
@@ -365,6 +365,31 @@ async fn sessions_outlive_their_stream_by_the_lease() {
     advance(Duration::from_millis(2)).await;
     settle().await;
     assert_eq!(router.relay("bob").await, RelayOutcome::Offline);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_settled_reaches_each_edge_with_the_number_of_sessions() {
+    let router = router(&memory(), "r1", 100).await;
+    let (mut one, mut other) = (router.attach("e1", 1).await, router.attach("e2", 2).await);
+    one.open("bob", 1).await;
+    let settled = || InboxHint {
+        user: "bob".into(),
+        inbox_epoch: 1,
+        settled: vec![SeqRange { from: 2, to: 4 }],
+        ..InboxHint::default()
+    };
+    let hint = async |edge: &mut Edge| match edge.writer.next().await.unwrap().events.remove(0).event {
+        Some(Event::Inbox(hint)) => hint,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(router.relay.relay(vec![settled()]).await, [RelayOutcome::Relayed]);
+    assert_eq!(hint(&mut one).await, InboxHint { sessions: 1, ..settled() });
+    other.open("bob", 2).await;
+    other.open("bob", 3).await;
+    assert_eq!(router.relay.relay(vec![settled()]).await, [RelayOutcome::Relayed]);
+    for edge in [&mut one, &mut other] {
+        assert_eq!(hint(edge).await, InboxHint { sessions: 3, ..settled() });
+    }
 }
 
 #[tokio::test(start_paused = true)]

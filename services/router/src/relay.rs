@@ -96,9 +96,11 @@ impl Relay {
         let mut edges = vec![0_usize; hints.len()];
         let mut elsewhere = Elsewhere::new();
         let mut spans = Vec::new();
+        // Of hints about a message alone; others neither count nor leave a milestone.
         let ids: Vec<_> = hints.iter().map(message_id).collect();
         for (at, (mut hint, places)) in hints.into_iter().zip(&places).enumerate() {
             spans.push(self.spans.relay(&mut hint, began.elapsed()));
+            hint.sessions = u32::try_from(places.len()).unwrap_or(u32::MAX);
             edges[at] = self.hand_over(at, &Arc::new(hint), places, &mut elsewhere);
         }
         self.send_elsewhere(elsewhere, &mut edges).await;
@@ -110,6 +112,7 @@ impl Relay {
                 Some(places) if places.is_empty() && self.is_settled() => RelayOutcome::Offline,
                 _ => RelayOutcome::Unspecified,
             };
+            let Some(id) = id else { return outcome };
             if edges > 0 {
                 let detail = if edges == 1 { "1 edge".into() } else { format!("{edges} edges") };
                 self.milestones.record(&id, "relayed", detail);
@@ -197,6 +200,6 @@ impl Relay {
     }
 }
 
-fn message_id(hint: &InboxHint) -> prost::bytes::Bytes {
-    hint.message.as_ref().map(|message| message.message_id.clone()).unwrap_or_default()
+fn message_id(hint: &InboxHint) -> Option<prost::bytes::Bytes> {
+    hint.message.as_ref().map(|message| message.message_id.clone())
 }

@@ -191,7 +191,7 @@ fn publication(channel: &str, text: &str) -> NewPublication {
 fn hint(user: &str) -> InboxHint {
     let message =
         Some(InboxMessage { seq: 1, message_id: id(), payload: payload("hi"), ..InboxMessage::default() });
-    InboxHint { user: user.into(), message, inbox_epoch: 1, attempt: 0 }
+    InboxHint { user: user.into(), message, inbox_epoch: 1, ..InboxHint::default() }
 }
 
 /// Asks again until it holds; at most ten seconds.

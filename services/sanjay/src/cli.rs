@@ -5,7 +5,10 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::{
-    commands::{admin, bench, check_config, demo, dlq, health, publish, send, sub, token, trace},
+    commands::{
+        admin, bench, check_config, deliveries, demo, dlq, health, members, publish, receipts, send, sub,
+        tail, token, trace,
+    },
     output,
     serve::{
         roles::{DeliveryArgs, EdgeArgs, RouterArgs},
@@ -34,6 +37,10 @@ enum Command {
     Sub(sub::Args),
     Trace(trace::Args),
     Dlq(dlq::Args),
+    Deliveries(deliveries::Args),
+    Receipts(receipts::Args),
+    Tail(tail::Args),
+    Members(members::Args),
     Token(token::Args),
     Admin(admin::Args),
     Health(health::Args),
@@ -66,6 +73,10 @@ impl Command {
             Self::Sub(args) => block_on(args.run()),
             Self::Trace(args) => block_on(args.run()),
             Self::Dlq(args) => block_on(args.run()),
+            Self::Deliveries(args) => block_on(args.run()),
+            Self::Receipts(args) => block_on(args.run()),
+            Self::Tail(args) => block_on(args.run()),
+            Self::Members(args) => block_on(args.run()),
             Self::Token(args) => args.run(),
             Self::Admin(args) => block_on(args.run()),
             Self::Health(args) => block_on(args.run()),

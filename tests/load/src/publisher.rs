@@ -30,7 +30,7 @@ impl Publisher {
         let mut request = Request::new(PublishRequest {
             channel: channel.to_owned(),
             payload: Some(Payload { kind: Some(Kind::Text(text)) }),
-            dedupe_key: String::new(),
+            ..PublishRequest::default()
         });
         request.metadata_mut().insert("authorization", self.key.clone());
         self.runtime.block_on(self.client.publish(request)).context("publish")?;

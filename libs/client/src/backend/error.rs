@@ -38,6 +38,9 @@ pub enum BackendError {
     /// The call broke; the outcome is unknown.
     #[error("{0}; the outcome is unknown: repeat with the same dedupe key")]
     Broken(String),
+    /// A stream of receipts or events broke.
+    #[error("{0}; open the stream again, receipts with the last cursor")]
+    StreamEnded(String),
     /// A redrive ended before it was done.
     #[error("{0}; repeat the redrive: it goes on where it ended, and sends nothing twice")]
     CutOff(String),

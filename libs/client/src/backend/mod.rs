@@ -3,6 +3,8 @@
 
 mod dead;
 mod error;
+mod fanout;
+mod receipts;
 mod servers;
 mod stream;
 
@@ -20,6 +22,8 @@ use tonic::{
 
 pub use dead::RedriveStream;
 pub use error::BackendError;
+pub use fanout::{DurablyPublished, MembersPage, PublishOptions};
+pub use receipts::{ReceiptStream, WatchStream};
 pub use stream::{PendingReply, PublishStream, SendStream};
 
 use crate::{Jitter, backoff};
@@ -370,6 +374,7 @@ fn publish_request(channel: &str, payload: Payload, dedupe_key: &str) -> v1::Pub
         channel: channel.to_owned(),
         payload: Some(payload.into()),
         dedupe_key: dedupe_key.to_owned(),
+        ..v1::PublishRequest::default()
     }
 }
 

@@ -147,9 +147,15 @@ pub struct InboxStream {
 }
 
 impl InboxStream {
-    /// The next event; `None` once the client has stopped. Dropping the future loses nothing.
+    /// The next event; `None` once the client has stopped. Dropping the future loses nothing. A message that was settled
+    /// elsewhere before the application came to it is left out.
     pub async fn next(&mut self) -> Option<InboxEvent> {
-        self.events.recv().await
+        loop {
+            let event = self.events.recv().await?;
+            if is_of_use(&event) {
+                return Some(event);
+            }
+        }
     }
 }
 
@@ -157,7 +163,22 @@ impl Stream for InboxStream {
     type Item = InboxEvent;
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<InboxEvent>> {
-        self.events.poll_recv(cx)
+        loop {
+            match self.events.poll_recv(cx) {
+                Poll::Ready(Some(event)) if !is_of_use(&event) => {}
+                other => return other,
+            }
+        }
+    }
+}
+
+/// Whether the application is to get an event; a message is in its hands from now on.
+fn is_of_use(event: &InboxEvent) -> bool {
+    match event {
+        InboxEvent::Message(InboxDelivery { acker, .. }) => {
+            acker.shared.hand_out(acker.generation, acker.seq)
+        }
+        InboxEvent::Discontinuity(_) => true,
     }
 }
 
@@ -217,8 +238,17 @@ struct Inner {
     processed: Option<Processed>,
     /// Counts the inboxes that were met: numbers of an earlier one mean other messages.
     generation: u64,
-    /// What the application has, with the newest delivery of it.
-    held: BTreeMap<u64, u32>,
+    /// What the application has, or is about to get.
+    held: BTreeMap<u64, Held>,
+}
+
+/// A message that has no answer yet.
+#[derive(Debug)]
+struct Held {
+    /// Its newest delivery.
+    delivery: u32,
+    /// Whether the application has it: nothing can take it back then.
+    out: bool,
 }
 
 impl Shared {
@@ -252,9 +282,11 @@ impl Shared {
         if inner.processed.as_ref().is_some_and(|processed| processed.contains(seq)) {
             return Taken::Again;
         }
-        if inner.held.insert(seq, delivery).is_some() {
+        if let Some(held) = inner.held.get_mut(&seq) {
+            held.delivery = delivery;
             return Taken::Held;
         }
+        inner.held.insert(seq, Held { delivery, out: false });
         let generation = inner.generation;
         let (shared, settle, trace) = (Arc::clone(self), settle.clone(), trace.clone());
         Taken::New(Acker { seq, trace, generation, held: true, shared, settle })
@@ -263,7 +295,36 @@ impl Shared {
     /// The newest delivery of a message that the application has.
     fn delivery(&self, generation: u64, seq: u64) -> Option<u32> {
         let inner = self.lock();
-        inner.held.get(&seq).copied().filter(|_| inner.generation == generation)
+        inner.held.get(&seq).map(|held| held.delivery).filter(|_| inner.generation == generation)
+    }
+
+    /// The application gets a message; `false` when it needs not, as that was settled elsewhere. One of another inbox is
+    /// handed out: the application hears of that before it.
+    fn hand_out(&self, generation: u64, seq: u64) -> bool {
+        let mut inner = self.lock();
+        if inner.generation != generation {
+            return true;
+        }
+        let held = inner.held.get_mut(&seq);
+        held.map(|held| held.out = true).is_some()
+    }
+
+    /// Messages were settled elsewhere. What the application does not have counts as processed, and does not reach it;
+    /// the server does not send it again. What it has stays its own: the answer changes nothing on the server.
+    pub(crate) fn settled_elsewhere(&self, epoch: &str, ranges: &[(u64, u64)]) {
+        let mut inner = self.lock();
+        let Inner { processed: Some(processed), held, .. } = &mut *inner else { return };
+        if processed.epoch() != epoch {
+            return;
+        }
+        for &(from, to) in ranges.iter().filter(|(from, to)| from <= to) {
+            let waiting: Vec<u64> =
+                held.range(from..=to).filter(|(_, held)| !held.out).map(|(seq, _)| *seq).collect();
+            for seq in waiting {
+                held.remove(&seq);
+                processed.insert(seq);
+            }
+        }
     }
 
     pub(crate) fn is_current(&self, generation: u64) -> bool {

@@ -442,6 +442,9 @@ impl Machine {
                 }
                 Taken::Held => {}
             },
+            Event::Settled(settled) => {
+                self.inbox.shared.settled_elsewhere(&settled.epoch, &settled.ranges);
+            }
             Event::Degraded(degraded) => {
                 self.features.send_replace(degraded.features);
                 if let Some(inbox) = &degraded.inbox {

@@ -70,7 +70,8 @@ pub struct ClientOptions {
     pub url: String,
     /// Where tokens come from.
     pub token: TokenSource,
-    /// Stable name of the user's device, at most 200 bytes; empty when it does not matter.
+    /// Stable name of the user's device, at most 200 bytes; empty when it does not matter. Where the server keeps a cursor
+    /// for each device, one without a name is one more of them.
     pub device: String,
     /// Name and version of the application, for the server's logs, at most 200 bytes.
     pub client: String,

@@ -8,17 +8,19 @@ use std::{
 
 use futures::{Stream, StreamExt};
 use sanjay_client::{
-    Backend, BackendError, BackendOptions, Jitter,
+    Backend, BackendError, BackendOptions, Jitter, PublishOptions,
     protocol::{ErrorCode, Payload},
 };
 use sanjay_proto::delivery::v1::{
-    Accepted, DeadLetter, DeadLetterFilter, Error, GetDeadLetterRequest, GetDeliveryRequest,
-    GetDeliveryResponse, GetTraceRequest, GetTraceResponse, ListDeadLettersRequest, ListDeadLettersResponse,
-    PublishRequest, PublishResponse, PublishStreamResponse, PurgeDeadLettersRequest,
-    PurgeDeadLettersResponse, RedriveDeadLettersRequest, RedriveDeadLettersResponse, SendRequest,
-    SendResponse, SendResult, SendStreamResponse,
+    Accepted, DeadLetter, DeadLetterFilter, DeliveryEvent, Error, GetDeadLetterRequest, GetDeliveryRequest,
+    GetDeliveryResponse, GetTraceRequest, GetTraceResponse, JoinRequest, JoinResponse, LeaveRequest,
+    LeaveResponse, ListDeadLettersRequest, ListDeadLettersResponse, ListDeliveriesRequest,
+    ListDeliveriesResponse, ListMembersRequest, ListMembersResponse, PublishRequest, PublishResponse,
+    PublishStreamResponse, PurgeDeadLettersRequest, PurgeDeadLettersResponse, Receipt, ReceiptsRequest,
+    ReceiptsResponse, RedriveDeadLettersRequest, RedriveDeadLettersResponse, SendRequest, SendResponse,
+    SendResult, SendStreamResponse, WatchDeliveriesRequest, WatchDeliveriesResponse,
     delivery_server::{Delivery, DeliveryServer},
-    publish_stream_response, send_result, send_stream_response,
+    publish_stream_response, send_result, send_stream_response, watch_deliveries_response,
 };
 use tokio::net::TcpListener;
 use tokio_stream::wrappers::TcpListenerStream;
@@ -82,7 +84,14 @@ impl Fake {
 }
 
 fn publish(request: &PublishRequest) -> PublishResponse {
-    PublishResponse { message_id: request.channel.clone(), epoch: "a".into(), offset: 1 }
+    PublishResponse {
+        message_id: request.channel.clone(),
+        epoch: "a".into(),
+        offset: 1,
+        publication: if request.durable { 3 } else { 0 },
+        members: 7,
+        duplicate: request.durable,
+    }
 }
 
 type Replies<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -92,6 +101,8 @@ impl Delivery for Fake {
     type PublishStreamStream = Replies<PublishStreamResponse>;
     type SendStreamStream = Replies<SendStreamResponse>;
     type RedriveDeadLettersStream = Replies<RedriveDeadLettersResponse>;
+    type ReceiptsStream = Replies<ReceiptsResponse>;
+    type WatchDeliveriesStream = Replies<WatchDeliveriesResponse>;
 
     async fn publish(&self, request: Request<PublishRequest>) -> Result<Response<PublishResponse>, Status> {
         let request = request.into_inner();
@@ -134,6 +145,28 @@ impl Delivery for Fake {
             Ok(SendStreamResponse { result: Some(send_stream_response::Result::Sent(sent)) })
         });
         Ok(Response::new(Box::pin(replies)))
+    }
+
+    async fn join(&self, request: Request<JoinRequest>) -> Result<Response<JoinResponse>, Status> {
+        let JoinRequest { channel, users } = request.into_inner();
+        self.answer([vec![channel], users.clone()].concat())?;
+        Ok(Response::new(JoinResponse { joined: users.len() as u64, members: 7 }))
+    }
+
+    async fn leave(&self, request: Request<LeaveRequest>) -> Result<Response<LeaveResponse>, Status> {
+        let LeaveRequest { channel, users } = request.into_inner();
+        self.answer([vec![channel], users.clone()].concat())?;
+        Ok(Response::new(LeaveResponse { left: users.len() as u64, members: 5 }))
+    }
+
+    async fn list_members(
+        &self,
+        request: Request<ListMembersRequest>,
+    ) -> Result<Response<ListMembersResponse>, Status> {
+        let ListMembersRequest { channel, page_size, page_token } = request.into_inner();
+        let users = vec![channel];
+        let next_page_token = format!("{page_token} and {page_size}");
+        Ok(Response::new(ListMembersResponse { users, next_page_token }))
     }
 
     async fn get_delivery(
@@ -182,6 +215,49 @@ impl Delivery for Fake {
 
     async fn get_trace(&self, _: Request<GetTraceRequest>) -> Result<Response<GetTraceResponse>, Status> {
         Ok(Response::new(GetTraceResponse { milestones: Vec::new(), missing: vec!["router".into()] }))
+    }
+
+    async fn receipts(
+        &self,
+        request: Request<ReceiptsRequest>,
+    ) -> Result<Response<Self::ReceiptsStream>, Status> {
+        if request.metadata().contains_key("grpc-timeout") {
+            return Err(Status::invalid_argument("a stream has no deadline"));
+        }
+        let ReceiptsRequest { cursor, follow, .. } = request.into_inner();
+        if cursor == "old" {
+            return Err(Status::out_of_range("receipts behind it are gone"));
+        }
+        let batch = |n: usize| {
+            let receipts = vec![Receipt { user: format!("user {n}"), ..Receipt::default() }];
+            ReceiptsResponse { receipts, cursor: format!("{cursor}{n}"), tail: n == 2 }
+        };
+        let mut answers = vec![Ok(batch(1)), Ok(batch(2))];
+        if follow {
+            answers.push(Err(Status::unavailable("this server shuts down")));
+        }
+        Ok(Response::new(Box::pin(futures::stream::iter(answers))))
+    }
+
+    async fn list_deliveries(
+        &self,
+        request: Request<ListDeliveriesRequest>,
+    ) -> Result<Response<ListDeliveriesResponse>, Status> {
+        let ListDeliveriesRequest { user, page_token, .. } = request.into_inner();
+        self.answer(vec![user])?;
+        let next_page_token = format!("{page_token} and more");
+        Ok(Response::new(ListDeliveriesResponse { deliveries: Vec::new(), next_page_token }))
+    }
+
+    async fn watch_deliveries(
+        &self,
+        _: Request<WatchDeliveriesRequest>,
+    ) -> Result<Response<Self::WatchDeliveriesStream>, Status> {
+        use watch_deliveries_response::Result::{Event, Missed};
+        let event = Event(DeliveryEvent { user: "bob".into(), ..DeliveryEvent::default() });
+        let answers = [None, Some(event), None, Some(Missed(3))];
+        let answers = answers.map(|result| Ok(WatchDeliveriesResponse { result }));
+        Ok(Response::new(Box::pin(futures::stream::iter(answers))))
     }
 }
 
@@ -329,6 +405,32 @@ async fn calls_for_dead_letters_are_repeated_and_go_on_to_the_end() {
 }
 
 #[tokio::test]
+async fn members_join_again_and_durable_publishes_are_repeated_with_a_key_alone() {
+    let (fake, backend) = start().await;
+    let away = || Answer::Fail(Status::unavailable("away"));
+    fake.next([away()]);
+    let joined = soon(backend.join("news", &["bob", "eve"])).await.unwrap();
+    assert_eq!(joined, JoinResponse { joined: 2, members: 7 });
+    assert_eq!(fake.asked(), [["news", "bob", "eve"]; 2]);
+    fake.next([away()]);
+    let left = soon(backend.leave("news", &["bob"])).await.unwrap();
+    assert_eq!(left, LeaveResponse { left: 1, members: 5 });
+    assert_eq!(fake.asked().len(), 2);
+    let page = soon(backend.list_members("news", 7, "token")).await.unwrap();
+    assert_eq!((page.users, page.next_page_token.as_str()), (vec!["news".to_owned()], "token and 7"));
+    fake.next([away()]);
+    let text = || Payload::Text("x".to_owned());
+    let options = PublishOptions { dedupe_key: "key".to_owned(), ..PublishOptions::default() };
+    let published = soon(backend.publish_durable("news", text(), &options)).await.unwrap();
+    assert_eq!((published.publication, published.members, published.duplicate), (3, 7, true));
+    assert_eq!(fake.asked().len(), 2);
+    fake.next([Answer::Fail(Status::unavailable("half-way"))]);
+    let lost = soon(backend.publish_durable("news", text(), &PublishOptions::default())).await;
+    assert!(lost.is_err(), "{lost:?}");
+    assert_eq!(fake.asked().len(), 1);
+}
+
+#[tokio::test]
 async fn a_redrive_that_was_cut_off_is_told_from_one_that_is_done() {
     let (fake, backend) = start().await;
     let far = |redriven, done| {
@@ -358,6 +460,42 @@ async fn a_redrive_that_was_cut_off_is_told_from_one_that_is_done() {
         }
         assert_eq!(soon(redrive.next()).await, None);
     }
+}
+
+#[tokio::test]
+async fn a_stream_of_receipts_that_broke_goes_on_from_its_cursor() {
+    let (fake, backend) = start().await;
+    let request = ReceiptsRequest { cursor: "0".into(), ..ReceiptsRequest::default() };
+    let mut whole = soon(backend.receipts(request.clone())).await.unwrap();
+    assert_eq!(whole.cursor(), "0");
+    for expected in ["01", "02"] {
+        assert_eq!(soon(whole.next()).await.unwrap().unwrap().cursor, expected);
+        assert_eq!(whole.cursor(), expected);
+    }
+    assert_eq!(soon(whole.next()).await, None);
+    let mut followed = soon(backend.receipts(ReceiptsRequest { follow: true, ..request })).await.unwrap();
+    for _ in 1..=2 {
+        assert!(soon(followed.next()).await.unwrap().is_ok());
+    }
+    let broken = soon(followed.next()).await.unwrap().unwrap_err();
+    assert!(matches!(broken, BackendError::StreamEnded(_)), "{broken:?}");
+    assert!(broken.to_string().contains("shuts down; open the stream again"), "{broken}");
+    assert_eq!((soon(followed.next()).await, followed.cursor()), (None, "02"));
+    let old = ReceiptsRequest { cursor: "old".into(), ..ReceiptsRequest::default() };
+    let refused = soon(backend.receipts(old)).await.unwrap_err();
+    assert_eq!(refused.to_string(), "receipts behind it are gone");
+
+    fake.next([Answer::Fail(Status::unavailable("away"))]);
+    let request = ListDeliveriesRequest { user: "bob".into(), page_token: "1".into(), ..Default::default() };
+    let page = soon(backend.list_deliveries(request)).await.unwrap();
+    assert_eq!(page.next_page_token, "1 and more");
+    assert_eq!(fake.asked(), [["bob"], ["bob"]], "it is repeated");
+    let mut events = soon(backend.watch_deliveries(WatchDeliveriesRequest::default())).await.unwrap();
+    let told = soon(events.next()).await.unwrap().unwrap();
+    assert!(matches!(told, watch_deliveries_response::Result::Event(event) if event.user == "bob"));
+    let told = soon(events.next()).await.unwrap().unwrap();
+    assert_eq!(told, watch_deliveries_response::Result::Missed(3));
+    assert_eq!(soon(events.next()).await, None);
 }
 
 #[tokio::test]

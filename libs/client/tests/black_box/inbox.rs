@@ -7,7 +7,7 @@ use sanjay_client::{
     protocol::{
         Command, ErrorBody, ErrorCode, Event,
         command::{Nak, Term, Working},
-        event::{Degraded, Empty, InboxState},
+        event::{Degraded, Empty, InboxState, Settled},
     },
 };
 use tokio::sync::{Mutex, mpsc};
@@ -372,4 +372,35 @@ async fn closing_waits_for_what_is_given_back() {
     peer.push(nak.id, Event::Ok(Empty {})).await;
     assert!(peer.next().await.is_none());
     soon(closing).await.unwrap();
+}
+
+#[tokio::test]
+async fn what_was_settled_elsewhere_does_not_reach_the_application() {
+    let server = Server::start().await;
+    let client = Client::connect(server.options()).await.unwrap();
+    let mut peer = server.welcome(welcome_with_inbox("e1", 0, 5)).await;
+    let mut stream = client.inbox().unwrap();
+    let settled = |epoch: &str, from, to| {
+        (None, Event::Settled(Settled { epoch: epoch.into(), ranges: vec![(from, to)] }))
+    };
+    push(&mut peer, [1]).await;
+    let first = next(&mut stream).await;
+    // The application has 1, and has not come to 2 and 3 when these are settled; 4 is of an inbox that is not this one.
+    peer.push_all([
+        (None, inbox(2)),
+        (None, inbox(3)),
+        settled("e1", 1, 3),
+        settled("e0", 4, 4),
+        (None, inbox(4)),
+    ])
+    .await;
+    let fourth = next(&mut stream).await;
+    assert_eq!(fourth.message.seq, 4);
+    // Its answer is given all the same.
+    soon(first.acker.ack()).await.unwrap();
+    assert_eq!(peer.ack().await, [(1, 1)]);
+    // They count as processed: what comes late is answered without the application.
+    push(&mut peer, [3, 5]).await;
+    assert_eq!(peer.ack().await, [(3, 3)]);
+    assert_eq!(next(&mut stream).await.message.seq, 5);
 }

@@ -5,30 +5,34 @@ use std::{collections::HashSet, future::ready, sync::Arc, time::Duration};
 use futures::{FutureExt, future::BoxFuture};
 use sanjay_proto::delivery::v1::{
     Accepted, DeadLetter, DeliveryState, GetDeadLetterRequest, GetDeliveryRequest, GetDeliveryResponse,
-    GetTraceRequest, GetTraceResponse, ListDeadLettersRequest, ListDeadLettersResponse, PublishRequest,
-    PublishResponse, PublishStreamResponse, PurgeDeadLettersRequest, PurgeDeadLettersResponse,
+    GetTraceRequest, GetTraceResponse, JoinRequest, JoinResponse, LeaveRequest, LeaveResponse,
+    ListDeadLettersRequest, ListDeadLettersResponse, ListDeliveriesRequest, ListDeliveriesResponse,
+    ListMembersRequest, ListMembersResponse, PublishRequest, PublishResponse, PublishStreamResponse,
+    PurgeDeadLettersRequest, PurgeDeadLettersResponse, ReceiptsRequest, ReceiptsResponse,
     RedriveDeadLettersRequest, RedriveDeadLettersResponse, SendRequest, SendResponse, SendResult,
-    SendStreamResponse, delivery_server::Delivery, publish_stream_response, send_result,
-    send_stream_response,
+    SendStreamResponse, WatchDeliveriesRequest, WatchDeliveriesResponse, delivery_server::Delivery,
+    publish_stream_response, send_result, send_stream_response,
 };
 use sanjay_protocol::{ErrorCode, Payload, limits::MAX_SEND_USERS, names};
 use sanjay_runtime::trace::extract;
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 use uuid::Uuid;
 
 use super::{
-    Refusal, dead,
+    Refusal, dead, fanout, receipts,
     stream::{Answers, pipelined},
 };
 use crate::{
     auth::Caller,
     dead::DeadLetters,
+    fanout::Channels,
     inbox::{self, Inbox, Send},
     metrics::Metrics,
     path::Paths,
     publish::{Publish, Publisher},
-    store::{AppendError, StoreError},
+    store::{AppendError, StoreError, member_message_id},
 };
 
 /// Most that a send may ask for as time to live: ten years, so that every sum stays within bounds.
@@ -43,8 +47,11 @@ pub(crate) struct BackendApi {
     pub(crate) inbox: Inbox,
     pub(crate) dead_letters: DeadLetters,
     pub(crate) publisher: Publisher,
+    pub(crate) channels: Channels,
     pub(crate) paths: Paths,
     pub(crate) metrics: Metrics,
+    /// Room for readers of the log of receipts.
+    pub(crate) log_readers: Arc<Semaphore>,
     /// How long one call, or one item of a stream, may take.
     pub(crate) deadline: Duration,
     /// Ends streams on shutdown.
@@ -56,8 +63,12 @@ impl BackendApi {
     fn submit_publish(
         &self,
         request: PublishRequest,
+        caller: Arc<str>,
         parent: String,
     ) -> BoxFuture<'static, Result<PublishResponse, Refusal>> {
+        if request.durable {
+            return fanout::submit(self, request, caller, parent);
+        }
         let (metrics, timer) = (self.metrics.clone(), self.metrics.publish_timer());
         let submitted = checked_publish(request, parent).map(|publish| self.publisher.publish(publish));
         let deadline = self.deadline;
@@ -73,7 +84,8 @@ impl BackendApi {
             metrics.publish(result.as_ref().map_or_else(|refusal| refusal.code.as_str(), |_| "ok"));
             let published = result?;
             let message_id = published.message_id.to_string();
-            Ok(PublishResponse { message_id, epoch: published.epoch, offset: published.offset })
+            let (epoch, offset) = (published.epoch, published.offset);
+            Ok(PublishResponse { message_id, epoch, offset, ..PublishResponse::default() })
         }
         .boxed()
     }
@@ -110,10 +122,12 @@ impl Delivery for BackendApi {
     type PublishStreamStream = Answers<PublishStreamResponse>;
     type SendStreamStream = Answers<SendStreamResponse>;
     type RedriveDeadLettersStream = Answers<RedriveDeadLettersResponse>;
+    type ReceiptsStream = Answers<ReceiptsResponse>;
+    type WatchDeliveriesStream = Answers<WatchDeliveriesResponse>;
 
     async fn publish(&self, request: Request<PublishRequest>) -> Result<Response<PublishResponse>, Status> {
-        let parent = extract(request.metadata());
-        Ok(Response::new(self.submit_publish(request.into_inner(), parent).await?))
+        let (parent, caller) = (extract(request.metadata()), caller(&request)?);
+        Ok(Response::new(self.submit_publish(request.into_inner(), caller, parent).await?))
     }
 
     async fn send(&self, request: Request<SendRequest>) -> Result<Response<SendResponse>, Status> {
@@ -126,9 +140,9 @@ impl Delivery for BackendApi {
         request: Request<Streaming<PublishRequest>>,
     ) -> Result<Response<Self::PublishStreamStream>, Status> {
         use publish_stream_response::Result as Item;
-        let (parent, api) = (extract(request.metadata()), self.clone());
+        let (parent, caller, api) = (extract(request.metadata()), caller(&request)?, self.clone());
         let answers = pipelined(request.into_inner(), self.stop.clone(), move |request| {
-            api.submit_publish(request, parent.clone()).map(|result| PublishStreamResponse {
+            api.submit_publish(request, caller.clone(), parent.clone()).map(|result| PublishStreamResponse {
                 result: Some(result.map_or_else(|refusal| Item::Error(refusal.into()), Item::Published)),
             })
         });
@@ -156,7 +170,14 @@ impl Delivery for BackendApi {
         let GetDeliveryRequest { user, message_id } = request.into_inner();
         names::check("user", &user).map_err(Refusal::from)?;
         let id = checked_message_id(&message_id)?;
-        let looked_up = tokio::time::timeout(self.deadline, self.inbox.lookup(user.clone(), id)).await;
+        let looking = async {
+            // An id of a publication stands for that of the member's message.
+            match self.inbox.lookup(user.clone(), id).await? {
+                None => self.inbox.lookup(user.clone(), member_message_id(id, &user)).await,
+                found => Ok(found),
+            }
+        };
+        let looked_up = tokio::time::timeout(self.deadline, looking).await;
         let receipt = looked_up.map_err(|_| Refusal::late(self.deadline))?.map_err(Refusal::from)?;
         let receipt = receipt.ok_or_else(|| {
             let text = format!(
@@ -221,6 +242,42 @@ impl Delivery for BackendApi {
         }
         Ok(Response::new(GetTraceResponse { milestones: path.milestones, missing: path.missing }))
     }
+
+    async fn receipts(
+        &self,
+        request: Request<ReceiptsRequest>,
+    ) -> Result<Response<Self::ReceiptsStream>, Status> {
+        Ok(Response::new(receipts::receipts(self, request.into_inner())?))
+    }
+
+    async fn list_deliveries(
+        &self,
+        request: Request<ListDeliveriesRequest>,
+    ) -> Result<Response<ListDeliveriesResponse>, Status> {
+        Ok(Response::new(receipts::list(self, request.into_inner()).await?))
+    }
+
+    async fn watch_deliveries(
+        &self,
+        request: Request<WatchDeliveriesRequest>,
+    ) -> Result<Response<Self::WatchDeliveriesStream>, Status> {
+        Ok(Response::new(receipts::watch(self, request.into_inner())?))
+    }
+
+    async fn join(&self, request: Request<JoinRequest>) -> Result<Response<JoinResponse>, Status> {
+        Ok(Response::new(fanout::join(self, request.into_inner()).await?))
+    }
+
+    async fn leave(&self, request: Request<LeaveRequest>) -> Result<Response<LeaveResponse>, Status> {
+        Ok(Response::new(fanout::leave(self, request.into_inner()).await?))
+    }
+
+    async fn list_members(
+        &self,
+        request: Request<ListMembersRequest>,
+    ) -> Result<Response<ListMembersResponse>, Status> {
+        Ok(Response::new(fanout::list(self, request.into_inner()).await?))
+    }
 }
 
 /// Who calls, as the interceptor noted it.
@@ -232,6 +289,7 @@ fn caller<T>(request: &Request<T>) -> Result<Arc<str>, Status> {
 fn checked_publish(request: PublishRequest, parent: String) -> Result<Publish, Refusal> {
     names::check("channel", &request.channel)?;
     names::check_optional("dedupe_key", &request.dedupe_key)?;
+    fanout::checked_plain(&request)?;
     let payload = Payload::from_backend(request.payload)?.into();
     Ok(Publish { channel: request.channel, payload, dedupe_key: request.dedupe_key, parent })
 }
@@ -260,18 +318,23 @@ fn checked_send(
     }
     names::check_optional("dedupe_key", &dedupe_key)?;
     names::check_optional("collapse_key", &collapse_key)?;
-    let ttl = Duration::from_millis(ttl_ms);
-    if ttl > MAX_TTL {
-        return Err(Refusal::bad(format!("ttl_ms is {ttl_ms}; at most {} is allowed", MAX_TTL.as_millis())));
-    }
+    let ttl = checked_ttl(ttl_ms)?;
     if deliver_at_us > now_us.saturating_add(MAX_AHEAD.as_micros() as u64) {
         return Err(Refusal::bad(format!(
             "deliver_at_us is {deliver_at_us}; give Unix time in microseconds, at most 366 days from now"
         )));
     }
     let payload = Payload::from_backend(payload)?.into();
-    let ttl = Some(ttl).filter(|ttl| !ttl.is_zero());
     Ok(Send { caller, users, payload, dedupe_key, parent, ttl, collapse_key, deliver_us: deliver_at_us })
+}
+
+/// A time to live; `None` for none.
+pub(super) fn checked_ttl(ttl_ms: u64) -> Result<Option<Duration>, Refusal> {
+    let ttl = Duration::from_millis(ttl_ms);
+    if ttl > MAX_TTL {
+        return Err(Refusal::bad(format!("ttl_ms is {ttl_ms}; at most {} is allowed", MAX_TTL.as_millis())));
+    }
+    Ok(Some(ttl).filter(|ttl| !ttl.is_zero()))
 }
 
 pub(super) fn checked_message_id(text: &str) -> Result<Uuid, Refusal> {

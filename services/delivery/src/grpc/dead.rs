@@ -111,7 +111,7 @@ pub(super) async fn purge(
 }
 
 /// Waits for an answer as long as a call may take.
-async fn within<T>(api: &BackendApi, answer: impl Future<Output = T>) -> Result<T, Refusal> {
+pub(super) async fn within<T>(api: &BackendApi, answer: impl Future<Output = T>) -> Result<T, Refusal> {
     let late = |_| {
         let text = format!("no answer within {:?}; repeat the call, which does no harm", api.deadline);
         Refusal::new(ErrorCode::Unavailable, text)

@@ -21,7 +21,9 @@ use super::Refusal;
 use crate::{
     inbox::Inbox,
     spans::AckTrace,
-    store::{Acked, Failure, FailureKind, InboxQuery, MAX_SETTLED_RANGES, Page, Settle, StoreError},
+    store::{
+        Acked, Failure, FailureKind, InboxQuery, MAX_SETTLED_RANGES, Page, RegisterError, Settle, StoreError,
+    },
 };
 
 /// Most queries or acks of one call.
@@ -36,6 +38,8 @@ pub(crate) struct EdgeApi {
     pub(crate) inbox: Inbox,
     /// How long one call may take.
     pub(crate) deadline: Duration,
+    /// Whether every device has to ack a message.
+    pub(crate) every_device: bool,
 }
 
 #[tonic::async_trait]
@@ -48,6 +52,7 @@ impl InboxService for EdgeApi {
         check_count("queries", queries.len())?;
         for query in &queries {
             names::check("user", &query.user).map_err(Refusal::from)?;
+            names::check_optional("device", &query.device).map_err(Refusal::from)?;
         }
         let queries = queries
             .into_iter()
@@ -56,6 +61,8 @@ impl InboxService for EdgeApi {
                 after: query.after,
                 limit: query.limit as usize,
                 only: Vec::new(),
+                // One without a name is one device more.
+                device: self.every_device.then_some(query.device),
             })
             .collect();
         let pages = tokio::time::timeout(self.deadline, self.inbox.read(queries)).await;
@@ -72,6 +79,7 @@ impl InboxService for EdgeApi {
         let mut reported = Vec::new();
         let mut settles = Vec::with_capacity(acks.len());
         let mut traces = Vec::with_capacity(acks.len());
+        let shared = acks.iter().map(|ack| ack.shared).collect();
         for mut ack in acks {
             check_ack(&ack)?;
             let session = checked_session(&ack.session)?;
@@ -92,9 +100,11 @@ impl InboxService for EdgeApi {
                     .map(|Rewritten { seq, delivery }| (seq, delivery))
                     .collect(),
                 failed,
+                device: self.every_device.then_some(ack.device),
             });
         }
-        let results = tokio::time::timeout(self.deadline, self.inbox.ack(settles, traces, reported)).await;
+        let results =
+            tokio::time::timeout(self.deadline, self.inbox.ack(settles, traces, shared, reported)).await;
         let results = results.map_err(|_| Refusal::late(self.deadline))?;
         Ok(Response::new(AckResponse { results: results.into_iter().map(ack_result).collect() }))
     }
@@ -109,6 +119,7 @@ fn check_count(field: &str, count: usize) -> Result<(), Refusal> {
 
 fn check_ack(ack: &UserAck) -> Result<(), Refusal> {
     names::check("user", &ack.user)?;
+    names::check_optional("device", &ack.device)?;
     if ack.acked.len() > MAX_ACK_RANGES {
         let count = ack.acked.len();
         return Err(Refusal::bad(format!("acked has {count} ranges; at most {MAX_ACK_RANGES} are allowed")));
@@ -178,12 +189,15 @@ fn checked_failure(
     Ok(Failure { seq, delivery, kind, time_us, edge: edge.to_owned(), session, reason })
 }
 
-fn page(page: Result<Page, StoreError>) -> InboxPage {
+fn page(page: Result<Page, RegisterError>) -> InboxPage {
     match page {
-        Ok(Page { epoch, mark, head, covers, messages }) => {
+        Ok(Page { epoch, mark, head, covers, messages, .. }) => {
             InboxPage { epoch, mark, head, covers, messages, error: None }
         }
-        Err(error) => InboxPage { error: Some(inbox_error(error.into())), ..InboxPage::default() },
+        Err(error) => {
+            let refusal = Refusal::new(error.code(), error.to_string());
+            InboxPage { error: Some(inbox_error(refusal)), ..InboxPage::default() }
+        }
     }
 }
 

@@ -1,8 +1,11 @@
 //! The gRPC services: check, convert, call, map errors.
 
 mod backend;
+mod cursor;
 mod dead;
+mod fanout;
 mod inbox;
+mod receipts;
 mod stream;
 #[cfg(test)]
 mod tests;
@@ -12,6 +15,7 @@ use std::time::Duration;
 
 pub(crate) use backend::BackendApi;
 pub(crate) use inbox::EdgeApi;
+pub(crate) use receipts::readers;
 use sanjay_proto::delivery::v1;
 use sanjay_protocol::{ErrorCode, names::NameError, payload::PayloadError};
 use tonic::{Code, Status};

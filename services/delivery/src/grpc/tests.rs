@@ -1,6 +1,7 @@
 //! The services over loopback, with a router that only remembers what it was asked.
 
 mod dead;
+mod devices;
 
 use std::{
     net::SocketAddr,
@@ -20,8 +21,8 @@ use sanjay_proto::{
         delivery_client::DeliveryClient, publish_stream_response, send_result, send_stream_response, *,
     },
     edge::v1::{
-        AckRequest, InboxHint, InboxPage, InboxQuery, LinkError, Milestone, ReadInboxRequest, UserAck,
-        UserAckResult, inbox_client::InboxClient,
+        AckRequest, FailedAttempt, FailureKind, InboxHint, InboxPage, InboxQuery, LinkError, Milestone,
+        ReadInboxRequest, UserAck, UserAckResult, inbox_client::InboxClient,
     },
     router::v1::{
         self as router,
@@ -42,7 +43,7 @@ use tonic::{
     transport::{Channel, Server},
 };
 
-use crate::{ApiKey, Config, hash_api_key, start};
+use crate::{ApiKey, Config, config::Devices, hash_api_key, start};
 
 const KEY: &str = "key of the shop";
 const CLUSTER_KEY: &str = "key of the cluster";
@@ -124,7 +125,7 @@ impl FakeRouter {
     fn seqs(&self, user: &str) -> Vec<u64> {
         let hints = self.0.hints.lock();
         let of_user = hints.iter().filter(|hint| hint.user == user);
-        of_user.map(|hint| hint.message.as_ref().unwrap().seq).collect()
+        of_user.filter_map(|hint| Some(hint.message.as_ref()?.seq)).collect()
     }
 }
 
@@ -138,6 +139,7 @@ struct Node {
     router_address: SocketAddr,
     lifecycle: Lifecycle,
     address: SocketAddr,
+    devices: Devices,
 }
 
 fn with_key(mut request: Request<()>) -> Result<Request<()>, Status> {
@@ -164,6 +166,7 @@ impl Node {
             router_address,
             lifecycle: Lifecycle::new(),
             address: router_address,
+            devices: Devices::Any,
         }
     }
 
@@ -176,6 +179,7 @@ impl Node {
             store: format!("redb:{}", self.directory.path().join("inbox.redb").display()),
             api_keys: vec![ApiKey { name: "shop".into(), sha256: hash_api_key(KEY) }],
             max_unsettled: 2_000,
+            devices: self.devices,
             ..Config::default()
         };
         let context = Context {
@@ -236,7 +240,7 @@ fn send(users: &[&str], body: &str, key: &str) -> SendRequest {
 }
 
 fn publish(channel: &str, body: &str) -> PublishRequest {
-    PublishRequest { channel: channel.into(), payload: text(body), dedupe_key: String::new() }
+    PublishRequest { channel: channel.into(), payload: text(body), ..PublishRequest::default() }
 }
 
 fn accepted(result: &SendResult) -> &Accepted {
@@ -255,6 +259,48 @@ async fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
         }
     };
     tokio::time::timeout(Duration::from_secs(20), polling).await.unwrap_or_else(|_| panic!("never: {what}"));
+}
+
+#[tokio::test]
+async fn sessions_are_told_of_what_ended_without_them() {
+    let mut node = Node::start().await;
+    let notices = |router: &FakeRouter| -> Vec<(Vec<(u64, u64)>, bool)> {
+        let hints = router.0.hints.lock();
+        let others = hints.iter().filter(|hint| hint.message.is_none());
+        let ranges = |hint: &InboxHint| hint.settled.iter().map(|range| (range.from, range.to)).collect();
+        others.map(|hint| (ranges(hint), hint.newcomer)).collect()
+    };
+    let mut expected = Vec::new();
+    for _ in 1..=5 {
+        node.api().send(send(&["bob"], "hi", "")).await.unwrap();
+    }
+    // One that begins with unsettled messages may share them with others.
+    let epoch = node.read("bob").await.epoch;
+    expected.push((vec![], true));
+    eventually("a newcomer", || notices(&node.router) == expected).await;
+    // Nobody else has what an only session acks.
+    node.ack("bob", epoch, &[(1, 1)], 0).await;
+    let acked = [(1, 3), (5, 5)].map(|(from, to)| SeqRange { from, to }).to_vec();
+    let ack = UserAck { user: "bob".into(), epoch, acked, shared: true, ..UserAck::default() };
+    let request = || AckRequest { acks: vec![ack.clone()], edge: String::new() };
+    node.inbox().ack(request()).await.unwrap();
+    expected.push((vec![(2, 3), (5, 5)], false));
+    eventually("an ack", || notices(&node.router) == expected).await;
+    // Again it settles nothing. What dies is told whoever is there.
+    node.inbox().ack(request()).await.unwrap();
+    let term =
+        FailedAttempt { seq: 4, delivery: 1, kind: FailureKind::Term.into(), ..FailedAttempt::default() };
+    let term = UserAck { user: "bob".into(), epoch, failed: vec![term], ..UserAck::default() };
+    node.inbox().ack(AckRequest { acks: vec![term], edge: String::new() }).await.unwrap();
+    expected.push((vec![(4, 4)], false));
+    eventually("a death", || notices(&node.router) == expected).await;
+    // So is what is replaced.
+    let keyed = || SendRequest { collapse_key: "k".into(), ..send(&["bob"], "hi", "") };
+    node.api().send(keyed()).await.unwrap();
+    node.api().send(keyed()).await.unwrap();
+    expected.push((vec![(6, 6)], false));
+    eventually("one that is superseded", || notices(&node.router) == expected).await;
+    node.stop().await;
 }
 
 #[tokio::test]

@@ -1,4 +1,4 @@
-//! The port to where inboxes live, and the factory of its adapters.
+//! The port to where inboxes live.
 //!
 //! Every adapter passes the suite in `suite.rs`. What callers may rely on:
 //! - **Atomic.** A sequence number and its message become visible in one step: a number that was given out is a
@@ -17,12 +17,20 @@
 mod attempts;
 mod audit;
 mod dead;
+mod devices;
+#[cfg(test)]
+mod doubles;
 mod due;
 mod epoch;
+mod errors;
+mod fanout;
 mod location;
 pub mod mongodb;
+mod opening;
+mod receipts;
 pub mod redb;
 mod settled;
+mod sink;
 #[cfg(test)]
 pub(crate) mod suite;
 
@@ -31,14 +39,33 @@ use std::{sync::Arc, time::Duration};
 pub use attempts::{Attempts, Failure, FailureKind, MAX_FAILED, MAX_FAILURES, Verdict};
 pub use audit::{AuditPage, Finding};
 pub use dead::{DeadFilter, DeadLetter, DeadPage, DeadPosition, DeadReason};
+pub use devices::{Devices, FORGET_AFTER, Forgotten, Known, MAX_DEVICES, RegisterError, SEEN_EVERY};
+#[cfg(test)]
+pub(crate) use doubles::{knows_no_devices, schedules_nothing};
+pub use errors::{AppendError, Overflow, Quota, StoreError};
+#[cfg(test)]
+pub(crate) use fanout::fans_out_nothing;
+pub use fanout::{
+    Applied, Backlog, JoinError, MAX_APPLIED_BYTES, MAX_MEMBERS_PAGE, MAX_UNFINISHED, Membership, Numbered,
+    Publication, PublicationError, Turn, member_message_id,
+};
 use futures::future::BoxFuture;
 pub use location::{Database, Location, LocationError};
+pub use opening::{OpenError, StoreOptions, open};
+#[cfg(test)]
+pub(crate) use receipts::logs_nothing;
+pub use receipts::{
+    DeliveriesPage, DeliveriesQuery, ListedDelivery, LogError, LogPage, LogPosition, LogStart, LoggedReceipt,
+    MAX_DELIVERIES, MAX_LOG_PAGE,
+};
 use sanjay_proto::client::v1::{InboxMessage, Payload, SeqRange};
-use sanjay_runtime::{clock::SharedClock, random::SharedRandom};
+use sanjay_runtime::clock::SharedClock;
 pub use settled::{Settled, TooManyRanges};
+pub use sink::CommitSink;
+use sink::filling;
 use uuid::Uuid;
 
-use crate::{message::State, metrics::Metrics};
+use crate::message::State;
 
 /// Most settled ranges above an inbox's mark: the inbox's record stays small, and with at most 256 messages in
 /// flight on a connection a well-behaved client does not come near it.
@@ -89,6 +116,10 @@ pub struct NewMessage {
     pub expires_us: u64,
     /// It takes the place of the caller's unsettled message with the same key in this inbox. Empty for none.
     pub collapse_key: String,
+    /// Of a member's message: the publication under whose id its payload is stored once. Such a message is taken also
+    /// when the inbox has no room for it, and becomes a dead letter in the same step then; with too many messages that
+    /// failed it stays, beyond the quota.
+    pub shared: Option<Uuid>,
 }
 
 /// A message that waits outside the inbox for its time.
@@ -129,85 +160,6 @@ pub struct Appended {
     pub time_us: u64,
 }
 
-/// Why one message was not appended.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum AppendError {
-    /// The dedupe key was used for another payload.
-    #[error(
-        "dedupe_key {key:?} was used for another payload to this user within 24 hours; use a new key for a new message"
-    )]
-    AlreadyExists {
-        /// The key.
-        key: String,
-    },
-    /// The inbox holds as much as it may.
-    #[error("the user's inbox holds {held} {quota}, which is its limit; send again when some are acked")]
-    QueueFull {
-        /// Which limit.
-        quota: Quota,
-        /// How much it holds.
-        held: u64,
-    },
-    /// The store could not do it.
-    #[error(transparent)]
-    Store(#[from] StoreError),
-}
-
-/// What an inbox may hold a limited number of.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Quota {
-    /// Unsettled messages: [`StoreOptions::max_unsettled`].
-    Messages,
-    /// Bytes of their encoded payloads: [`StoreOptions::max_unsettled_bytes`].
-    Bytes,
-    /// Unsettled messages with a collapse key: [`MAX_COLLAPSE_KEYS`].
-    CollapseKeys,
-    /// Settled ranges above the mark, of which a superseded message may need one: [`MAX_SETTLED_RANGES`].
-    SettledRanges,
-    /// Messages that wait for their time: [`MAX_SCHEDULED`].
-    Scheduled,
-}
-
-impl std::fmt::Display for Quota {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Quota::Messages => "unsettled messages",
-            Quota::Bytes => "bytes of unsettled messages",
-            Quota::CollapseKeys => "unsettled messages with a collapse key",
-            Quota::SettledRanges => "gaps between unsettled messages",
-            Quota::Scheduled => "scheduled messages",
-        })
-    }
-}
-
-/// What becomes of a message that finds its inbox at [`Quota::Messages`] or [`Quota::Bytes`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Overflow {
-    /// It is refused.
-    #[default]
-    Reject,
-    /// The oldest unsettled messages become dead letters, as many as it takes; a message that is larger than the whole
-    /// quota is refused.
-    DeadLetterOldest,
-}
-
-/// Why the store did not do something. All are worth trying again.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum StoreError {
-    /// Too much is waiting; nothing was done.
-    #[error("the inbox store has too much to do; nothing was stored, try again in a moment")]
-    Busy,
-    /// It is known to be away; nothing was done.
-    #[error("the inbox store does not answer at present; nothing was stored, try again in {} ms", .retry_after.as_millis())]
-    Away {
-        /// After how long another try may be of use.
-        retry_after: Duration,
-    },
-    /// The store failed or is away; whether something was done is unknown.
-    #[error("the inbox store is not available: {0}")]
-    Unavailable(String),
-}
-
 /// What to read of one inbox.
 #[derive(Debug, Clone)]
 pub struct InboxQuery {
@@ -220,6 +172,8 @@ pub struct InboxQuery {
     /// When not empty: return those of these seqs that are unsettled, ascending and also when they wait for their next
     /// attempt, as far as a page has room; `after` and `limit` do not matter, and `covers` says nothing.
     pub only: Vec<u64>,
+    /// Where each device has to ack a message: for which one this is. It gets what it has not acked, and its own mark.
+    pub device: Option<String>,
 }
 
 impl InboxQuery {
@@ -247,6 +201,10 @@ pub struct Page {
     /// Unsettled messages in ascending seq with the number of their newest delivery. One that waits for its next attempt
     /// is left out although `covers` may pass it: it comes by itself when it is due.
     pub messages: Vec<InboxMessage>,
+    /// What is known of the query's device.
+    pub device: Known,
+    /// For a query of no device by [`InboxQuery::only`]: which devices have acked a message, where there are such.
+    pub acked_by: Vec<(u64, Vec<String>)>,
 }
 
 /// What to settle and to note in one inbox.
@@ -265,6 +223,10 @@ pub struct Settle {
     pub rewritten: Vec<(u64, u32)>,
     /// Deliveries that failed. Applied after `ranges`.
     pub failed: Vec<Failure>,
+    /// Where each device has to ack a message: which one says all this. One that is not registered is, when there is room,
+    /// and is ignored otherwise. `ranges` are settled when every device has acked them, and what this one has acked fails
+    /// no more.
+    pub device: Option<String>,
 }
 
 /// What [`InboxStore::expire`] did.
@@ -334,6 +296,8 @@ pub struct DueInbox {
     pub after: u64,
     /// Messages whose next attempt is due, as (seq, delivery), in ascending seq; at most [`MAX_RETRIES`].
     pub retries: Vec<(u64, u32)>,
+    /// Whether all of it was written to some device: what is unwritten was missed by others, or these are away.
+    pub missed: bool,
 }
 
 /// Most messages of one claim whose next attempt is due; others follow with the next claim.
@@ -473,6 +437,14 @@ pub trait InboxStore: Send + Sync + 'static {
     /// were removed. An adapter whose database does this by itself returns 0, and until then hides them.
     fn sweep(&self, now_us: u64, limit: usize) -> BoxFuture<'static, Result<usize, StoreError>>;
 
+    /// Notes that devices are there, (user, device) each, and registers those that are new; the answers are in the same
+    /// order. `Ok` means durable. The first device of an inbox begins at its mark, others at its head.
+    fn register(&self, devices: Vec<(String, String)>) -> BoxFuture<'static, Vec<Result<(), RegisterError>>>;
+
+    /// Forgets devices, of about `limit` inboxes, that were not seen for [`FORGET_AFTER`] at `now_us`. What waited for
+    /// them alone is settled as acked, which the sink hears.
+    fn forget_devices(&self, now_us: u64, limit: usize) -> BoxFuture<'static, Result<Forgotten, StoreError>>;
+
     /// How much the store holds. A store that nodes share may answer with a count that it made a while ago.
     fn stats(&self) -> BoxFuture<'static, Result<Stats, StoreError>>;
 
@@ -485,120 +457,75 @@ pub trait InboxStore: Send + Sync + 'static {
     /// Each is seen as it was at one moment, so that what is appended, settled or moved meanwhile is no finding.
     fn audit(&self, after: String, limit: usize) -> BoxFuture<'static, Result<AuditPage, StoreError>>;
 
+    /// Makes users members of a channel, which may have `most`: of publications that get their number from then on, each
+    /// gets a message. Those who are members stay as they are. `Ok` means durable.
+    fn join(
+        &self,
+        channel: String,
+        users: Vec<String>,
+        most: u64,
+    ) -> BoxFuture<'static, Result<Membership, JoinError>>;
+
+    /// Ends memberships: of publications that get their number from then on, these users get nothing. Those who are no
+    /// members stay as they are. `Ok` means durable.
+    fn leave(
+        &self,
+        channel: String,
+        users: Vec<String>,
+    ) -> BoxFuture<'static, Result<Membership, StoreError>>;
+
+    /// The first `limit` members of a channel whose names follow `after`, in the order of their names.
+    fn members(
+        &self,
+        channel: String,
+        after: String,
+        limit: usize,
+    ) -> BoxFuture<'static, Result<Vec<String>, StoreError>>;
+
+    /// Accepts a publication: `Ok` means that it has its number and is durable, with its payload. It goes into the
+    /// inboxes of its members by [`InboxStore::apply`]. A dedupe key is looked for among those of the caller to this
+    /// channel. Publications of one channel get their numbers in the order in which this is called.
+    fn publish_durable(
+        &self,
+        publication: Publication,
+    ) -> BoxFuture<'static, Result<Numbered, PublicationError>>;
+
+    /// Claims the oldest unfinished publications of up to `limit` channels that nobody has at `now_us`, those that have
+    /// waited longest first. They are anybody's again at `until_us`. Of a channel, the next one is claimed only when the one before
+    /// it is finished.
+    fn claim_publications(
+        &self,
+        now_us: u64,
+        until_us: u64,
+        limit: usize,
+    ) -> BoxFuture<'static, Result<Vec<Turn>, StoreError>>;
+
+    /// Puts a claimed publication into the inboxes of up to `limit` further members, and notes how far it is; the claim
+    /// then ends at `until_us`. Each member gets it once, also when a step is cut off anywhere, and repeated.
+    fn apply(
+        &self,
+        turn: Turn,
+        until_us: u64,
+        limit: usize,
+    ) -> BoxFuture<'static, Result<Applied, StoreError>>;
+
+    /// What waits to be applied. A store that nodes share may answer with a count that it made a while ago.
+    fn backlog(&self) -> BoxFuture<'static, Result<Backlog, StoreError>>;
+
     /// The time in which inboxes are due: all nodes that share the store have it in common.
     fn clock(&self) -> SharedClock;
-}
 
-/// The part of the port that a test's store has no business with.
-#[cfg(test)]
-macro_rules! schedules_nothing {
-    () => {
-        fn expire(
-            &self,
-            _: u64,
-            _: usize,
-        ) -> ::futures::future::BoxFuture<'static, Result<$crate::store::Expired, $crate::store::StoreError>>
-        {
-            unreachable!("nothing expires here")
-        }
+    /// A part of the log of receipts: at most `limit`, bounded to [`MAX_LOG_PAGE`], and at least one. Whoever goes on with
+    /// [`LogPage::next`] gets each message that is settled from when the log began exactly once, in one order for all
+    /// readers, as long as it is not more than [`RECEIPT_RETENTION`] behind. A receipt may be in it a few seconds after the
+    /// message was settled. One whose body was lost is in no log.
+    fn receipts(&self, from: LogStart, limit: usize) -> BoxFuture<'static, Result<LogPage, LogError>>;
 
-        fn schedule(
-            &self,
-            _: Vec<$crate::store::Scheduled>,
-        ) -> ::futures::future::BoxFuture<
-            'static,
-            Vec<Result<$crate::store::ScheduledAt, $crate::store::AppendError>>,
-        > {
-            unreachable!("nothing is scheduled here")
-        }
+    /// Waits until the log may go on after a place at which it ended. It may be ready too early, never too late by more
+    /// than a few seconds.
+    fn receipts_after(&self, position: LogPosition) -> BoxFuture<'static, ()>;
 
-        fn claim_scheduled(
-            &self,
-            _: u64,
-            _: u64,
-            _: usize,
-        ) -> ::futures::future::BoxFuture<
-            'static,
-            Result<Vec<$crate::store::Scheduled>, $crate::store::StoreError>,
-        > {
-            unreachable!("nothing is scheduled here")
-        }
-
-        fn unschedule(
-            &self,
-            _: Vec<(String, ::uuid::Uuid)>,
-        ) -> ::futures::future::BoxFuture<'static, Result<u64, $crate::store::StoreError>> {
-            unreachable!("nothing is scheduled here")
-        }
-    };
-}
-#[cfg(test)]
-pub(crate) use schedules_nothing;
-
-/// Hears of each new message once it is durable, before its sender does.
-pub trait CommitSink: Send + Sync + 'static {
-    /// A message was committed. Called in ascending seq per user, for duplicates not at all, on a thread that
-    /// the next commit waits for: it must neither block nor take long.
-    fn committed(&self, message: &NewMessage, appended: &Appended);
-
-    /// A message was settled as expired or superseded, durably. A hint: a crash may keep it from being called. It must
-    /// neither block nor take long.
-    fn ended(&self, user: &str, message: &SettledMessage, state: State);
-
-    /// So many messages become dead letters for a reason that no client reported, durably. A hint like [`Self::ended`].
-    fn died(&self, reason: DeadReason, count: usize);
-}
-
-/// Ignores commits.
-impl CommitSink for () {
-    fn committed(&self, _: &NewMessage, _: &Appended) {}
-
-    fn ended(&self, _: &str, _: &SettledMessage, _: State) {}
-
-    fn died(&self, _: DeadReason, _: usize) {}
-}
-
-/// What an adapter is opened with.
-#[derive(Clone)]
-pub struct StoreOptions {
-    /// Hears of each new message.
-    pub on_commit: Arc<dyn CommitSink>,
-    /// Most unsettled messages of one inbox.
-    pub max_unsettled: u64,
-    /// Most bytes of their encoded payloads.
-    pub max_unsettled_bytes: u64,
-    /// What becomes of a message beyond those two.
-    pub overflow: Overflow,
-    /// Whether expired messages become dead letters.
-    pub keep_expired: bool,
-    /// How many attempts of a message may fail before it becomes a dead letter; at least 1.
-    pub max_attempts: u32,
-    /// Wall clock, for due and settled times.
-    pub clock: SharedClock,
-    /// For the store's identity.
-    pub random: SharedRandom,
-    /// Group commits and store errors are counted here.
-    pub metrics: Metrics,
-}
-
-/// Why a store could not be opened. The text says what to do.
-#[derive(Debug, thiserror::Error)]
-pub enum OpenError {
-    /// The redb file.
-    #[error(transparent)]
-    Redb(#[from] redb::OpenError),
-    /// The database.
-    #[error(transparent)]
-    Mongodb(#[from] mongodb::OpenError),
-}
-
-/// Opens the store at a location; takes a while when a file is repaired after a crash.
-///
-/// # Errors
-/// When the store cannot be opened.
-pub async fn open(location: &Location, options: StoreOptions) -> Result<Arc<dyn InboxStore>, OpenError> {
-    match location {
-        Location::Redb(path) => Ok(Arc::new(redb::RedbStore::open(path.clone(), options).await?)),
-        Location::Mongodb(database) => Ok(Arc::new(mongodb::MongoStore::open(database, options).await?)),
-    }
+    /// Messages of one user, the newest ids first: those that wait for their time, those that are not settled, and those
+    /// that were settled within [`RECEIPT_RETENTION`].
+    fn deliveries(&self, query: DeliveriesQuery) -> BoxFuture<'static, Result<DeliveriesPage, StoreError>>;
 }

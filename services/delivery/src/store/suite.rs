@@ -14,12 +14,15 @@ use uuid::Uuid;
 
 use super::*;
 
+mod devices;
 pub(crate) mod ending;
 pub(crate) mod failing;
+pub(crate) mod fanout;
 mod model;
+mod receipts;
 mod scheduled;
 
-pub(crate) use model::{agrees_with_the_model, operations};
+pub(crate) use model::{agrees_with_the_model, operations, read_log};
 
 /// Most unsettled messages of an inbox in the suite.
 pub(crate) const MAX_UNSETTLED: u64 = 20;
@@ -133,7 +136,7 @@ pub(crate) fn settle(user: &str, epoch: u64, ranges: &[(u64, u64)], written: u64
 }
 
 pub(crate) fn query(user: &str, after: Option<u64>, limit: usize) -> InboxQuery {
-    InboxQuery { user: user.to_owned(), after, limit, only: Vec::new() }
+    InboxQuery { user: user.to_owned(), after, limit, only: Vec::new(), device: None }
 }
 
 pub(crate) async fn read_all(store: &dyn InboxStore, user: &str) -> Page {
@@ -160,9 +163,12 @@ pub(crate) async fn fixed_cases<H: Harness>(make: impl Fn() -> H) {
     what_is_unwritten_becomes_due(make()).await;
     parking_holds_until_something_arms(make()).await;
     audit::cases(&make).await;
+    devices::fixed_cases(&make).await;
     failing::fixed_cases(&make).await;
     ending::fixed_cases(&make).await;
-    scheduled::fixed_cases(make).await;
+    fanout::fixed_cases(&make).await;
+    scheduled::fixed_cases(&make).await;
+    receipts::fixed_cases(make).await;
 }
 
 async fn pipelined_appends_keep_their_order<H: Harness>(mut harness: H) {

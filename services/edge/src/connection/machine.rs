@@ -78,6 +78,8 @@ pub enum Input {
     Acked(Option<u64>, Result<(), ErrorBody>),
     /// A message was committed to the inbox with this epoch, or is to be delivered again.
     Hint(u64, InboxMessage),
+    /// Messages of the inbox with this epoch were settled, as ascending ranges.
+    Settled(u64, Vec<(u64, u64)>),
     /// The client was alive at this time, and everything that it had sent by then was taken.
     Alive(Tick),
     /// Hints may have been lost.
@@ -299,6 +301,7 @@ impl Machine {
             Input::Hint(epoch, message) => {
                 self.with_inbox(around, effects, |cursor, steps| cursor.on_hint(epoch, message, steps));
             }
+            Input::Settled(epoch, ranges) => self.on_settled(epoch, &ranges, around, effects),
             Input::Alive(now) => self.on_alive(now, around, effects),
             Input::Resync => self.with_inbox(around, effects, Cursor::resync),
             Input::InboxTimer => self.with_inbox(around, effects, Cursor::on_timer),
@@ -417,6 +420,12 @@ impl Machine {
         around: &dyn Surroundings,
         effects: &mut Vec<Effect>,
     ) {
+        if let Err(error) = &page
+            && error.code == ErrorCode::LimitExceeded
+        {
+            // There is no room for this device, and none will come in a while.
+            return self.close(CloseCode::Forbidden, error.message.clone(), effects);
+        }
         let before = std::mem::replace(&mut self.without_inbox, page.is_err());
         if self.phase == Phase::Reading && page.is_err() {
             self.welcome(None, around, effects);

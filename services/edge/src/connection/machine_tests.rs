@@ -518,3 +518,31 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_client_hears_of_what_was_settled_elsewhere() {
+    let mut machine = ready("good");
+    let settled = Event::Settled(sanjay_protocol::event::Settled {
+        epoch: "0000000000000007".into(),
+        ranges: vec![(1, 2)],
+    });
+    let told = [Effect::Send(EventEnvelope { id: None, event: settled })];
+    assert_eq!(on(&mut machine, Input::Settled(7, vec![(1, 9)])), told);
+    assert_eq!(on(&mut machine, Input::Settled(7, vec![(1, 9)])), [], "there is nothing left to tell");
+    let nak = Command::Nak(Nak { seq: 1, delivery: 1, delay_ms: 0, reason: String::new() });
+    assert_eq!(error_code(&on(&mut machine, command(5, nak))), Some(ErrorCode::BadRequest));
+    // Its ack does no harm.
+    let ack = Command::Ack(Ack { ranges: vec![(1, 1)], trace: String::new() });
+    assert!(matches!(&on(&mut machine, command(6, ack))[..], [Effect::Ack { .. }]));
+}
+
+#[test]
+fn a_device_for_which_there_is_no_room_is_told_and_closed() {
+    let mut machine = machine();
+    on(&mut machine, hello("good", None));
+    on(&mut machine, Input::SessionOpened(Ok(())));
+    let error = ErrorBody::new(ErrorCode::LimitExceeded, "too many");
+    let close = Effect::Close(CloseCode::Forbidden, "too many".into());
+    assert_eq!(on(&mut machine, Input::Page(Err(error))), [close]);
+    assert_eq!(on(&mut machine, Input::Resync), []);
+}

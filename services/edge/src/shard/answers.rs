@@ -94,7 +94,15 @@ impl<T: Transport> Shard<T> {
         // What was acked reached the client, whatever may wait for the socket now.
         let written = ranges.iter().map(|(_, to)| *to).max().unwrap_or_default();
         let waiter = Some((conn.key, id));
-        self.upstream.acks.send(AckRequest { waiter, ranges, written, trace, ..request(conn, epoch) });
+        let shared = self.is_shared(conn.machine.borrow().user());
+        self.upstream.acks.send(AckRequest {
+            waiter,
+            ranges,
+            written,
+            trace,
+            shared,
+            ..request(conn, epoch)
+        });
     }
 
     /// Deliveries failed. `id`: of the command that says so, which is answered; `None`: the ack deadline did.
@@ -163,6 +171,7 @@ fn request<T>(conn: &Connection<T>, epoch: u64) -> AckRequest {
         failed: Vec::new(),
         session: machine.session(),
         trace: String::new(),
+        shared: false,
     }
 }
 

@@ -7,7 +7,7 @@ use std::{collections::VecDeque, rc::Rc, time::Duration};
 use bytes::Bytes;
 use sanjay_proto::{client::v1::InboxMessage, edge::v1::Milestone};
 use sanjay_protocol::{
-    Command, ErrorBody, ErrorCode,
+    Command, ErrorBody, ErrorCode, Event,
     command::{Envelope, Publish},
     event::Subscribed,
     json::{self, Refused},
@@ -134,6 +134,9 @@ impl<'a, T: Transport> Turn<'a, T> {
     fn carry_out(&mut self, effect: Effect) -> Option<Input> {
         match effect {
             Effect::Send(envelope) => {
+                if matches!(envelope.event, Event::Settled(_)) {
+                    self.shard.common.metrics.settled_pushes.inc();
+                }
                 json::encode(&envelope, &mut self.out);
                 self.flush_if_large();
             }

@@ -121,12 +121,28 @@ impl<T: Transport> Shard<T> {
         }
     }
 
-    /// A message was committed to a user's inbox.
+    /// A message was committed to a user's inbox, or messages in it were settled.
     pub(super) fn on_hint(self: &Rc<Self>, hint: &InboxHint) {
-        let Some(message) = &hint.message else { return };
-        let Some(connections) = self.users.borrow().get(&*hint.user).cloned() else { return };
+        let users = self.users.borrow();
+        let Some((user, connections)) = users.get_key_value(&*hint.user) else { return };
+        match hint.sessions {
+            0 => {}
+            1 => drop(self.shared.borrow_mut().remove(user)),
+            _ if self.shared.borrow().contains(user) => {}
+            _ => drop(self.shared.borrow_mut().insert(Rc::clone(user))),
+        }
+        let connections = connections.clone();
+        drop(users);
         for index in connections {
             let Some(conn) = self.at(index) else { continue };
+            if !hint.settled.is_empty() {
+                let ranges = hint.settled.iter().map(|range| (range.from, range.to)).collect();
+                Turn::once(self, &conn, Input::Settled(hint.inbox_epoch, ranges));
+            }
+            let Some(message) = &hint.message else { continue };
+            if hint.done.iter().any(|device| device == conn.machine.borrow().device()) {
+                continue;
+            }
             // Who is behind reads from the log when the socket has taken what waits.
             let behind = conn.waiting() > MAX_WAITING_TO_READ;
             let input = if behind { Input::Resync } else { Input::Hint(hint.inbox_epoch, message.clone()) };

@@ -9,7 +9,7 @@ pub mod wheel;
 
 use std::{
     cell::{Cell, RefCell},
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeSet, HashMap, HashSet},
     rc::Rc,
     sync::{
         Arc,
@@ -113,6 +113,8 @@ pub struct Shard<T> {
     hub: RefCell<Hub>,
     /// Connections that take part in a user's inbox.
     users: RefCell<HashMap<Rc<str>, SmallVec<[ConnIndex; 2]>>>,
+    /// Those of `users` of whom the router last said that other sessions take part in the inbox, too.
+    shared: RefCell<HashSet<Rc<str>>>,
     wheel: RefCell<Wheel<ConnKey>>,
     now: Cell<Tick>,
     capabilities: RefCell<BTreeSet<Rc<Capabilities>>>,
@@ -138,6 +140,7 @@ impl<T: Transport> Shard<T> {
             generation: Cell::new(0),
             hub: RefCell::default(),
             users: RefCell::default(),
+            shared: RefCell::default(),
             wheel: RefCell::new(Wheel::new(Instant::now())),
             now: Cell::new(0),
             capabilities: RefCell::default(),
@@ -225,8 +228,15 @@ impl<T: Transport> Shard<T> {
             connections.retain(|other| *other != index);
             if connections.is_empty() {
                 users.remove(user);
+                self.shared.borrow_mut().remove(user);
             }
         }
+    }
+
+    /// Whether another session may have in flight what this user's has.
+    fn is_shared(&self, user: &Rc<str>) -> bool {
+        self.shared.borrow().contains(user)
+            || self.users.borrow().get(user).is_some_and(|here| here.len() > 1)
     }
 
     /// Whether no connection is left.

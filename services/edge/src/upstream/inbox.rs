@@ -245,6 +245,7 @@ fn user_ack(request: &AckRequest) -> UserAck {
         failed: request.failed.clone(),
         session: request.session.as_bytes().to_vec().into(),
         trace: request.trace.clone(),
+        shared: request.shared,
     }
 }
 

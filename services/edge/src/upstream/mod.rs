@@ -123,6 +123,8 @@ pub struct AckRequest {
     pub session: Uuid,
     /// W3C `traceparent` of the push of the newest message in `ranges`, as the client returned it; or empty.
     pub trace: String,
+    /// Whether other sessions of the user may have in flight what it settles.
+    pub shared: bool,
 }
 
 /// What a shard is told.
@@ -142,7 +144,7 @@ pub enum ShardEvent {
     Publication(Arc<Publication>, Option<Arc<ChannelPush>>),
     /// Channel messages up to this offset were dropped on the way.
     Gap(Arc<str>, Arc<str>, u64),
-    /// A message was committed to a user's inbox. Droppable.
+    /// A message was committed to a user's inbox, or settled. Droppable.
     Hint(Arc<InboxHint>),
     /// Hints were dropped on the way.
     Resync,

@@ -111,7 +111,8 @@ impl Shards {
     pub fn hint(&mut self, hint: &Arc<InboxHint>) {
         for (sender, marks) in self.replies.0.iter().zip(&mut self.missed) {
             if sender.try_send(ShardEvent::Hint(Arc::clone(hint))).is_err() {
-                marks.hints = true;
+                // Of what was settled elsewhere nobody needs to hear.
+                marks.hints |= hint.message.is_some();
                 self.metrics.dropped_hints.inc();
             }
         }

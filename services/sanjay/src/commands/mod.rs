@@ -3,12 +3,16 @@
 pub(crate) mod admin;
 pub(crate) mod bench;
 pub(crate) mod check_config;
+pub(crate) mod deliveries;
 pub(crate) mod demo;
 pub(crate) mod dlq;
 pub(crate) mod health;
+pub(crate) mod members;
 pub(crate) mod publish;
+pub(crate) mod receipts;
 pub(crate) mod send;
 pub(crate) mod sub;
+pub(crate) mod tail;
 pub(crate) mod token;
 pub(crate) mod trace;
 mod when;

@@ -68,7 +68,7 @@ async fn a_message_that_fails_is_relayed_with_the_next_number_until_it_is_dead()
     let epoch = node.read("bob").await.epoch;
     let deliveries = |router: &FakeRouter| {
         let hints = router.0.hints.lock();
-        hints.iter().map(|hint| hint.message.as_ref().unwrap().delivery).max().unwrap_or_default()
+        hints.iter().filter_map(|hint| Some(hint.message.as_ref()?.delivery)).max().unwrap_or_default()
     };
     for delivery in 1..=8_u32 {
         let nak = FailedAttempt { delay_ms: 1, ..failed(1, delivery, FailureKind::Nak) };
@@ -127,7 +127,7 @@ async fn an_attempt_of_a_user_who_is_offline_waits_for_the_next_reader() {
         let hints = router.0.hints.lock();
         hints
             .iter()
-            .map(|hint| hint.message.as_ref().unwrap().delivery)
+            .filter_map(|hint| Some(hint.message.as_ref()?.delivery))
             .filter(|n| *n > 1)
             .collect::<Vec<_>>()
     };

@@ -4,6 +4,7 @@
 //! A message that failed for good dies in two of them: the first notes it as dying, from when on nothing but that
 //! becomes of it, then its dead letter is written, then the second settles it.
 
+mod devices;
 mod expire;
 mod model;
 
@@ -18,7 +19,7 @@ use super::{
 };
 use crate::{
     message::State,
-    store::{Attempts, CommitSink, DeadReason, Settled, SettledMessage, Verdict},
+    store::{Attempts, CommitSink, DeadReason, Devices, LoggedReceipt, Settled, SettledMessage, Verdict},
 };
 
 /// Most acks of one write.
@@ -39,6 +40,9 @@ pub(super) struct Plan {
     /// Dying messages that it settles as dead.
     dead: Vec<u64>,
     attempts: Attempts,
+    devices: Devices,
+    /// What is told of messages that it settles as acked because a device is gone.
+    released: Vec<SettledMessage>,
     /// Bytes that count for the quota no longer.
     bytes: i64,
     /// Before when no message in the document expires after it, 0 when none does; `None` when that stays as it is.
@@ -48,6 +52,8 @@ pub(super) struct Plan {
     fails: bool,
     /// For each ack: what it settled, and its refused ranges when it is complete.
     parts: Vec<Part>,
+    /// What it settles, when somebody wants to hear of it.
+    logged: Vec<LoggedReceipt>,
 }
 
 #[derive(Default)]
@@ -56,6 +62,8 @@ struct Part {
     fresh: Vec<u64>,
     expired: Vec<u64>,
     messages: Vec<SettledMessage>,
+    /// Whether it is nobody's ack, so that the sink is told of its messages.
+    sees: bool,
     /// Whether its failures were looked at, and what follows from those that were taken.
     noted: bool,
     failed: Vec<(u64, Verdict)>,
@@ -88,10 +96,11 @@ pub(super) fn plan(rules: &Rules<'_>, user: &str, queue: &mut VecDeque<Queued>, 
         plan.answer(queue);
         return Step::Again;
     }
-    match model::model(rules, user, &plan, inbox) {
-        Ok(model) => Step::Write(Box::new(Attempt {
+    match model::model(rules, user, &mut plan, inbox) {
+        Ok((model, until_us)) => Step::Write(Box::new(Attempt {
             batch: rules.batch,
             model,
+            until_us,
             bytes: 0,
             kind: Kind::Ack { settles: inbox.settles, plan },
         })),
@@ -109,17 +118,20 @@ fn settle(rules: &Rules<'_>, queue: &VecDeque<Queued>, inbox: &Inbox) -> Option<
         ended: Vec::new(),
         dead: Vec::new(),
         attempts: inbox.attempts.clone(),
+        devices: inbox.devices.clone(),
+        released: Vec::new(),
         bytes: 0,
         expires_us: None,
         noted: false,
         fails: false,
         parts: Vec::new(),
+        logged: Vec::new(),
     };
     let mut budget = MAX_SETTLED;
     plan.bury(inbox, &mut budget);
     for queued in queue.iter().take(MAX_RUN) {
         let Work::Ack(ack) = &queued.work else { break };
-        if ack.settle.epoch != inbox.epoch && ack.expiring.is_none() {
+        if ack.settle.epoch != inbox.epoch && ack.expiring.is_none() && ack.seeing.is_none() {
             plan.parts.push(Part { end: Some((plan.settled.mark(), 0)), ..Part::default() });
             continue;
         }
@@ -136,8 +148,26 @@ fn settle(rules: &Rules<'_>, queue: &VecDeque<Queued>, inbox: &Inbox) -> Option<
             plan.parts.push(part);
             continue;
         }
-        plan.written = plan.written.max(ack.settle.written.min(inbox.head));
-        let mut part = settle_one(ack, inbox.head, &mut plan.settled, &mut budget);
+        if let Some(seeing) = &ack.seeing {
+            let part = plan.see(rules, seeing, inbox, &mut budget);
+            let cut = part.end.is_none();
+            plan.parts.push(part);
+            if cut {
+                break;
+            }
+            continue;
+        }
+        let part = match &ack.settle.device {
+            Some(device) => plan.ack_by(rules, ack, device, inbox, &mut budget),
+            None => {
+                plan.written = plan.written.max(ack.settle.written.min(inbox.head));
+                Some(settle_ranges(&ack.ranges, inbox.head, &mut plan.settled, &mut budget))
+            }
+        };
+        let Some(mut part) = part else {
+            plan.parts.push(Part { end: Some((plan.settled.mark(), 0)), ..Part::default() });
+            continue;
+        };
         plan.take_over(&mut part, inbox);
         if part.end.is_some() {
             plan.note(rules, ack, &mut part, inbox.head);
@@ -150,13 +180,13 @@ fn settle(rules: &Rules<'_>, queue: &VecDeque<Queued>, inbox: &Inbox) -> Option<
     }
     plan.fresh.sort_unstable();
     plan.expired.sort_unstable();
-    plan.noted = plan.attempts != inbox.attempts;
+    plan.noted = plan.attempts != inbox.attempts || plan.devices != inbox.devices;
     Some(plan)
 }
 
-fn settle_one(ack: &Ack, head: u64, settled: &mut Settled, budget: &mut u64) -> Part {
+fn settle_ranges(ranges: &[(u64, u64)], head: u64, settled: &mut Settled, budget: &mut u64) -> Part {
     let (mut fresh, mut refused) = (Vec::new(), 0);
-    for &(from, to) in &ack.ranges {
+    for &(from, to) in ranges {
         let to = to.min(head);
         let mut trial = settled.clone();
         let Ok(parts) = trial.settle(from, to) else {
@@ -239,8 +269,9 @@ impl Plan {
     /// is settled.
     fn note(&mut self, rules: &Rules<'_>, ack: &Ack, part: &mut Part, head: u64) {
         part.noted = true;
+        let report = self.reported(&ack.settle);
         let attempts = &mut self.attempts;
-        part.failed = attempts.report(&ack.settle, head, &self.settled, rules.max_attempts, rules.random);
+        part.failed = attempts.report(&report, head, &self.settled, rules.max_attempts, rules.random);
         self.fails |= part.failed.iter().any(|(_, verdict)| *verdict != Verdict::Full);
         if part.failed.iter().any(|(_, verdict)| matches!(verdict, Verdict::Dead(_))) {
             part.end = None;
@@ -252,6 +283,9 @@ impl Plan {
         let name = |seq: &u64| inbox.message(*seq).map(Open::settled);
         for part in &mut self.parts {
             part.messages = part.fresh.iter().chain(&part.expired).filter_map(name).collect();
+            if part.sees {
+                self.released.append(&mut part.messages);
+            }
         }
         self.ended = self.expired.iter().filter_map(name).collect();
         // What was dying before was taken off then.
@@ -260,13 +294,19 @@ impl Plan {
     }
 
     /// Tells what it has ended, once that is durable.
-    pub(super) fn tell(&self, sink: &dyn CommitSink, user: &str) {
+    pub(super) fn tell(&self, sink: &dyn CommitSink, user: &str, epoch: u64) {
         self.ended.iter().for_each(|message| sink.ended(user, message, State::Expired));
+        self.logged.iter().for_each(|receipt| sink.settled(receipt));
+        self.released.iter().for_each(|message| sink.ended(user, message, State::Acked));
         let kept = Verdict::Dead(DeadReason::Expired);
         let failed = self.parts.iter().flat_map(|part| &part.failed);
         let kept = failed.filter(|(_, verdict)| *verdict == kept).count();
         if kept > 0 {
             sink.died(DeadReason::Expired, kept);
+        }
+        if self.expired.len() + self.dead.len() + self.released.len() > 0 {
+            let released: Vec<u64> = self.released.iter().map(|message| message.seq).collect();
+            sink.gone(user, epoch, &[&self.expired[..], &self.dead, &released].concat());
         }
     }
 
@@ -290,6 +330,8 @@ impl Plan {
         inbox.settled = self.settled.clone();
         inbox.written = self.written;
         inbox.attempts = self.attempts.clone();
+        // A device may have begun it.
+        (inbox.devices, inbox.exists) = (self.devices.clone(), true);
         if let Some(expires_us) = self.expires_us {
             inbox.expires_us = expires_us;
         }

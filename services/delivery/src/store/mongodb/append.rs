@@ -13,7 +13,7 @@ use room::{Draft, Ending, Fit};
 
 use super::{
     database::Database,
-    documents::{self, CollapseDoc, KeyDoc, WriterDoc, binary, id},
+    documents::{self, CollapseDoc, KeyDoc, ReceiptDoc, WriterDoc, binary, id},
     inbox::{Inbox, Open},
     plan::{Attempt, Kind, Rules, Step},
     work::{Append, Queued, Work},
@@ -103,6 +103,11 @@ pub(super) struct Run {
     held_bytes: i64,
     collapse: Vec<CollapseDoc>,
     ending: Option<Box<Ending>>,
+    /// What the inbox holds after it, messages and bytes, when that makes it one that is filling and somebody wants to hear
+    /// of it.
+    filling: Option<(u64, u64)>,
+    /// Seqs of members' messages for which there is no room: they die in it.
+    refused: Vec<u64>,
 }
 
 impl Run {
@@ -124,12 +129,13 @@ pub(super) fn plan(
 ) -> Step {
     let (mut count, mut bytes, mut keys) = (0, 0, Vec::new());
     let mut draft = Draft::new(inbox);
+    let was_filling = draft.is_filling(rules);
     while let Some(Queued { work: Work::Append(append), .. }) = queue.get(count) {
         let answer = match verdict(append, user, inbox, beside) {
             Verdict::NotLooked => break,
             Verdict::Answer(answer) => answer,
             Verdict::New => {
-                let size = append.bytes() as usize;
+                let size = append.own_bytes();
                 let repeated = append.key.as_ref().is_some_and(|(digest, _)| keys.contains(digest));
                 if count == MAX_RUN || (count > 0 && bytes + size > MAX_RUN_BYTES) || repeated {
                     break;
@@ -165,17 +171,23 @@ pub(super) fn plan(
         settles: draft.ending.is_some().then_some(inbox.settles),
         plans: (!keys.is_empty()).then_some(inbox.plans),
         held_bytes: draft.held_bytes,
+        filling: draft.filling().filter(|_| rules.watched && !was_filling && draft.is_filling(rules)),
         collapse: draft.collapse,
         ending: draft.ending,
+        refused: draft.refused,
     };
     let appends = queue.iter().take(count).filter_map(|queued| match &queued.work {
         Work::Append(append) => Some(append),
         Work::Ack(_) | Work::Arm(_) => None,
     });
     match model::model(rules, user, appends, &run, inbox) {
-        Ok(model) => {
-            Step::Write(Box::new(Attempt { batch: rules.batch, model, bytes, kind: Kind::Append(run) }))
-        }
+        Ok((model, until_us)) => Step::Write(Box::new(Attempt {
+            batch: rules.batch,
+            model,
+            until_us,
+            bytes,
+            kind: Kind::Append(run),
+        })),
         Err(error) => Step::Fail(count, error),
     }
 }
@@ -227,16 +239,28 @@ pub(super) fn committed(
             duplicate: false,
             time_us: append.message.time_us,
         };
-        sink.committed(&append.message, &appended);
+        if !run.refused.contains(&seq) {
+            sink.committed(&append.message, &appended);
+        }
         append.answer(Ok(appended));
     }
     if !known {
         inbox.held_bytes = run.held_bytes;
         inbox.collapse.extend(run.collapse);
     }
+    if let Some((messages, bytes)) = run.filling {
+        sink.filling(user, messages, bytes);
+    }
     if let Some(ending) = run.ending {
         for open in ending.superseded.iter().filter_map(|(_, open)| open.as_ref()) {
             sink.ended(user, &open.settled(), State::Superseded);
+            if sink.watches()
+                && let Ok(receipt) =
+                    ReceiptDoc::new(open, State::Superseded, database.clock.now_us()).logged(user)
+            {
+                sink.settled(&receipt);
+            }
+            sink.gone(user, inbox.epoch, &[open.seq]);
         }
         if ending.killed > 0 {
             sink.died(DeadReason::QueueFull, ending.killed);

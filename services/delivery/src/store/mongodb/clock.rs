@@ -8,10 +8,16 @@ use std::{
 use mongodb::{Client, bson::doc};
 use parking_lot::Mutex;
 use sanjay_runtime::clock::{Clock, SharedClock};
-use tokio::time::{Instant, timeout};
+use tokio::{
+    sync::Notify,
+    time::{Instant, timeout},
+};
 
 /// How often the server is asked.
 const EVERY: Duration = Duration::from_secs(60);
+
+/// How often it is asked at most.
+const AT_MOST: Duration = Duration::from_secs(1);
 
 /// How long it may take to answer.
 const ANSWER: Duration = Duration::from_secs(2);
@@ -42,9 +48,12 @@ impl ServerClock {
 
     /// Asks now and then, as long as somebody has the clock. A server whose clock was set is followed, back too: what
     /// is due by its old time is due a little earlier or later.
-    pub(super) async fn follow(clock: Weak<Self>, client: Client) {
+    ///
+    /// It is also asked when `wanted` says so.
+    pub(super) async fn follow(clock: Weak<Self>, client: Client, wanted: Arc<Notify>) {
         loop {
-            tokio::time::sleep(EVERY).await;
+            tokio::time::sleep(AT_MOST).await;
+            let _either = timeout(EVERY, wanted.notified()).await;
             let Some(clock) = clock.upgrade() else { return };
             clock.ask(&client).await;
         }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use mongodb::{
     Client, Database as MongoDatabase, IndexModel,
-    bson::{Document, doc},
+    bson::{DateTime, Document, doc},
     error::Result as MongoResult,
     event::{EventHandler, cmap::CmapEvent},
     options::{
@@ -106,6 +106,8 @@ pub(super) struct Opened {
     pub(super) database: MongoDatabase,
     /// Random, made with the database.
     pub(super) store_id: u64,
+    /// Whether the server looks at its clock in the condition of a write.
+    pub(super) tells_now: bool,
 }
 
 /// Connects, checks the server, and makes what is missing.
@@ -147,7 +149,14 @@ async fn try_open(location: &Database, options: &StoreOptions, tuning: &Tuning) 
         error: error.to_string(),
     })?;
     let store_id = identity(location, &database, options).await?;
-    Ok(Opened { client, database, store_id })
+    let tells_now = tells_now(&database).await;
+    if !tells_now {
+        tracing::warn!(
+            "the database does not know its own time in a condition ($$NOW); receipts are read 15 s late, and one of a \
+             write that came later than that may be missed"
+        );
+    }
+    Ok(Opened { client, database, store_id, tells_now })
 }
 
 /// The driver's options: ours where correctness depends on them, whatever the URI says.
@@ -210,6 +219,12 @@ async fn create_indexes(database: &MongoDatabase) -> MongoResult<()> {
         index(doc! { "due": 1, "h": 1 }, partial("due")),
         // Those in which something expires, likewise.
         index(doc! { "expires": 1, "h": 1 }, partial("expires")),
+        // Receipts by when their messages were settled; `beside` likewise.
+        index(doc! { "log": 1 }, sparse("log")),
+        // Those that refer to a shared payload.
+        index(doc! { "shared": 1 }, sparse("shared")),
+        // Those with devices, the longest unseen first, likewise.
+        index(doc! { "seen": 1, "h": 1 }, partial("seen")),
     ];
     database.collection::<Document>("inbox").create_indexes(inbox).await?;
     let beside = [
@@ -219,6 +234,9 @@ async fn create_indexes(database: &MongoDatabase) -> MongoResult<()> {
         index(doc! { "x": 1 }, expiring("expiry", Duration::ZERO)),
         // Bodies that expire.
         index(doc! { "e": 1, "h": 1 }, partial("e")),
+        index(doc! { "log": 1 }, sparse("log")),
+        // Bodies that refer to a shared payload.
+        index(doc! { "s": 1 }, sparse("shared")),
     ];
     database.collection::<Document>("beside").create_indexes(beside).await?;
     let named = |name: &str| IndexOptions::builder().name(name.to_owned()).build();
@@ -234,9 +252,28 @@ async fn create_indexes(database: &MongoDatabase) -> MongoResult<()> {
         index(doc! { "u": 1 }, named("of")),
     ];
     database.collection::<Document>("scheduled").create_indexes(scheduled).await?;
+    // Channels with publications that are not finished.
+    let channels = [index(doc! { "due": 1, "h": 1 }, partial("due"))];
+    database.collection::<Document>("channels").create_indexes(channels).await?;
+    let publications = [
+        // Payloads that are to be looked at, and dedupe keys, which go by themselves.
+        index(doc! { "gc": 1 }, partial("gc")),
+        index(doc! { "x": 1 }, expiring("expiry", Duration::ZERO)),
+    ];
+    database.collection::<Document>("publications").create_indexes(publications).await?;
     let nodes = [index(doc! { "seen": 1 }, expiring("expiry", NODE_EXPIRY))];
     database.collection::<Document>("nodes").create_indexes(nodes).await?;
     Ok(())
+}
+
+/// Whether the server looks at its clock in a condition. It is asked about the document with the store's identity.
+async fn tells_now(database: &MongoDatabase) -> bool {
+    let meta = database.collection::<Document>("meta");
+    let look = async |time: DateTime| {
+        let filter = doc! { "_id": "store", "$and": [{ "$expr": { "$lt": ["$$NOW", time] } }] };
+        meta.count_documents(filter).await.ok()
+    };
+    look(DateTime::MAX).await == Some(1) && look(DateTime::from_millis(0)).await == Some(0)
 }
 
 /// Reads the identity of the store, or gives it one.

@@ -14,9 +14,9 @@ use mongodb::{
 use sanjay_resilience::{CallError, Policy, Probes, Refused, Rules, Settings, keep_probing};
 use sanjay_runtime::clock::SharedClock;
 use serde::de::DeserializeOwned;
-use tokio::time::Instant;
+use tokio::{sync::Notify, time::Instant};
 
-use super::connect::MAX_POOL;
+use super::{connect::MAX_POOL, payloads::Remembered};
 use crate::{
     metrics::{MONGODB, Metrics, StoreOperation},
     store::StoreError,
@@ -61,6 +61,11 @@ pub(super) struct Database {
     pub(super) beside: Collection<Document>,
     pub(super) dead: Collection<Document>,
     pub(super) scheduled: Collection<Document>,
+    pub(super) channels: Collection<Document>,
+    pub(super) members: Collection<Document>,
+    pub(super) publications: Collection<Document>,
+    /// Payloads that many messages share.
+    pub(super) remembered: Arc<Remembered>,
     pub(super) nodes: Collection<Document>,
     /// Random, made with the database.
     pub(super) store_id: u64,
@@ -69,6 +74,10 @@ pub(super) struct Database {
     /// The time that all nodes have in common.
     pub(super) clock: SharedClock,
     pub(super) metrics: Metrics,
+    /// Whether the server looks at its clock in the condition of a write.
+    pub(super) tells_now: bool,
+    /// Has the server asked for its time, because a write seems to have come too late by it.
+    pub(super) ask_time: Arc<Notify>,
     /// What every call goes through, but for those that ask for the time.
     pub(super) policy: Arc<Policy>,
 }
@@ -238,6 +247,45 @@ impl Database {
         options: FindOptions,
     ) -> Result<Vec<T>, StoreError> {
         self.find(operation, &self.scheduled, filter, options).await
+    }
+
+    /// Finds inboxes by the receipts in them.
+    pub(super) async fn find_logged<T: DeserializeOwned + Send + Sync + Unpin>(
+        &self,
+        filter: Document,
+        options: FindOptions,
+    ) -> Result<Vec<T>, StoreError> {
+        self.find(StoreOperation::Read, &self.inbox, filter, options).await
+    }
+
+    /// Finds channels.
+    pub(super) async fn find_channels<T: DeserializeOwned + Send + Sync + Unpin>(
+        &self,
+        operation: StoreOperation,
+        filter: Document,
+        options: FindOptions,
+    ) -> Result<Vec<T>, StoreError> {
+        self.find(operation, &self.channels, filter, options).await
+    }
+
+    /// Finds members of channels.
+    pub(super) async fn find_members<T: DeserializeOwned + Send + Sync + Unpin>(
+        &self,
+        operation: StoreOperation,
+        filter: Document,
+        options: FindOptions,
+    ) -> Result<Vec<T>, StoreError> {
+        self.find(operation, &self.members, filter, options).await
+    }
+
+    /// Finds payloads and dedupe keys of durable publications.
+    pub(super) async fn find_publications<T: DeserializeOwned + Send + Sync + Unpin>(
+        &self,
+        operation: StoreOperation,
+        filter: Document,
+        options: FindOptions,
+    ) -> Result<Vec<T>, StoreError> {
+        self.find(operation, &self.publications, filter, options).await
     }
 
     /// Finds inboxes by what they hold.

@@ -15,6 +15,7 @@ use uuid::Uuid;
 use super::{
     database::{Database, Outcome, update_of},
     documents::{BodiesDoc, InboxDoc, MessageDoc, binary, bodies_between, document, id},
+    payloads,
 };
 use crate::{
     metrics::StoreOperation,
@@ -119,7 +120,7 @@ impl DeadDoc {
         let damaged = |what: &dyn std::fmt::Display| {
             StoreError::Unavailable(format!("dead letter {id} in the database is damaged: {what}"))
         };
-        let message = MessageDoc { n, i, h, p: None };
+        let message = MessageDoc { n, i, h, p: None, s: None };
         let (header, seq) = (message.header()?, message.seq());
         let reason = DeadReason::from_number(r)
             .ok_or_else(|| damaged(&format_args!("it has the unknown reason {r}")))?;
@@ -157,7 +158,8 @@ pub(super) async fn write_letters(
     attempts: &Attempts,
     seqs: &[u64],
 ) -> Result<Vec<u64>, StoreError> {
-    let bodies = bodies(database, user, seqs).await?;
+    let mut bodies = bodies(database, user, seqs).await?;
+    payloads::fill(database, bodies.values_mut()).await?;
     let namespace = database.dead.namespace();
     let mut models = Vec::with_capacity(bodies.len());
     for letter in bodies.values().filter_map(|message| DeadDoc::new(user, epoch, message, attempts)) {

@@ -2,7 +2,8 @@
 //!
 //! Collection `inbox` has one document for each user, whose name is its `_id`. Collection `beside` has what left
 //! those: bodies as `b/USER/FIRST/LAST`, receipts as `r/USER/…`, a dedupe key as `d/DIGEST/USER`, with the user as
-//! `u`. Collection `scheduled` has what waits for its time. Servers take updated documents apart, so an inbox has as few
+//! `u`. Collection `scheduled` has what waits for its time; `channels`, `members` and `publications` are for durable
+//! fan-out. An inbox has in `shared` the publications whose payloads its messages share. Servers take updated documents apart, so an inbox has as few
 //! fields as serve.
 
 use std::collections::BTreeMap;
@@ -16,10 +17,10 @@ use sanjay_proto::client::v1::{InboxMessage, Payload};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::inbox::Open;
+use super::{inbox::Open, receipts};
 use crate::{
     message::State,
-    store::{Attempts, NewMessage, Receipt, Settled, StoreError, due},
+    store::{Attempts, DeadReason, Devices, LoggedReceipt, NewMessage, Receipt, Settled, StoreError, due},
 };
 
 /// Version of the documents' layout.
@@ -99,9 +100,12 @@ pub(super) struct MessageDoc {
     pub(super) i: BsonUuid,
     /// Encoded [`Header`].
     pub(super) h: Binary,
-    /// Encoded payload; left out where it is not needed.
+    /// Encoded payload; left out where it is not needed, or shared.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) p: Option<Binary>,
+    /// The durable publication whose payload it shares.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) s: Option<BsonUuid>,
 }
 
 /// What else is known of a message.
@@ -143,7 +147,8 @@ impl MessageDoc {
             n: seq.cast_signed(),
             i: id(message.message_id),
             h: binary(Header::new(message).encode_to_vec()),
-            p: Some(binary(message.payload.encode_to_vec())),
+            p: message.shared.is_none().then(|| binary(message.payload.encode_to_vec())),
+            s: message.shared.map(id),
         }
     }
 
@@ -165,10 +170,17 @@ impl MessageDoc {
         self.p.as_ref().map_or(0, |payload| payload.bytes.len())
     }
 
-    /// What an edge gets of it.
-    pub(super) fn message(&self, header: Header) -> Result<InboxMessage, StoreError> {
-        let payload = self.p.as_ref().ok_or_else(|| self.damaged("it has no payload"))?;
-        let payload = Payload::decode(&payload.bytes[..]).map_err(|error| self.damaged(error))?;
+    /// What an edge gets of it; `shared` is its payload when that is not its own.
+    pub(super) fn message(
+        &self,
+        header: Header,
+        shared: Option<&Payload>,
+    ) -> Result<InboxMessage, StoreError> {
+        let payload = match (shared, &self.p) {
+            (Some(shared), _) => shared.clone(),
+            (None, Some(own)) => Payload::decode(&own.bytes[..]).map_err(|error| self.damaged(error))?,
+            (None, None) => return Err(self.damaged("it has no payload")),
+        };
         Ok(InboxMessage {
             seq: self.seq(),
             message_id: self.i.bytes().to_vec().into(),
@@ -196,6 +208,12 @@ pub(super) struct ReceiptDoc {
     /// When it was settled, Unix time in microseconds.
     #[serde(default)]
     pub(super) t: i64,
+    /// Who sent it; absent when an earlier build stored it.
+    #[serde(default)]
+    pub(super) c: String,
+    /// [`DeadReason::number`]; absent when it is not dead.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) r: Option<i32>,
 }
 
 impl ReceiptDoc {
@@ -207,7 +225,30 @@ impl ReceiptDoc {
             s: state.number(),
             a: open.time_us.cast_signed(),
             t: now_us.cast_signed(),
+            c: open.caller.clone(),
+            r: None,
         }
+    }
+
+    /// What stands for it in `log`.
+    pub(super) fn entry(&self) -> String {
+        receipts::entry(self.t.cast_unsigned(), Uuid::from_bytes(self.i.bytes()))
+    }
+
+    /// Why it is dead.
+    pub(super) fn reason(&self) -> Option<DeadReason> {
+        self.r.and_then(DeadReason::from_number)
+    }
+
+    /// As the log has it.
+    pub(super) fn logged(&self, user: &str) -> Result<LoggedReceipt, StoreError> {
+        Ok(LoggedReceipt {
+            user: user.to_owned(),
+            message_id: Uuid::from_bytes(self.i.bytes()),
+            receipt: self.receipt()?,
+            caller: self.c.clone(),
+            reason: self.reason(),
+        })
     }
 
     pub(super) fn receipt(&self) -> Result<Receipt, StoreError> {
@@ -306,6 +347,8 @@ pub(super) struct InboxDoc {
     pub(super) expires: i64,
     /// How often a key came to `keys` without raising `seq`: with a message that was scheduled.
     pub(super) plans: i64,
+    /// [`Devices::encode`]; absent when there are none.
+    pub(super) devices: Option<Binary>,
 }
 
 /// What an inbox has from its beginning on, beside what the write gives it anyway.
@@ -333,7 +376,23 @@ pub(super) fn attempts(user: &str, stored: Option<&Binary>) -> Result<Attempts, 
     })
 }
 
+/// The devices of an inbox, as they were stored.
+///
+/// # Errors
+/// When they are damaged.
+pub(super) fn devices(user: &str, stored: Option<&Binary>) -> Result<Devices, StoreError> {
+    let bytes = stored.map_or(&[][..], |stored| &stored.bytes);
+    Devices::decode(bytes).map_err(|error| {
+        StoreError::Unavailable(format!("the devices of inbox {user:?} in the database are damaged: {error}"))
+    })
+}
+
 impl InboxDoc {
+    /// Its devices.
+    pub(super) fn devices(&self) -> Result<Devices, StoreError> {
+        devices(&self.user, self.devices.as_ref())
+    }
+
     /// What is known of messages that failed.
     pub(super) fn attempts(&self) -> Result<Attempts, StoreError> {
         attempts(&self.user, self.attempts.as_ref())
@@ -382,6 +441,9 @@ pub(super) struct BodiesDoc {
     pub(super) e: Option<i64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) h: Option<i32>,
+    /// The durable publications whose payloads they share, for the index.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(super) s: Vec<BsonUuid>,
 }
 
 impl BodiesDoc {
@@ -402,6 +464,7 @@ impl BodiesDoc {
             f: first.cast_signed(),
             l: last.cast_signed(),
             ids: messages.iter().map(|message| message.i).collect(),
+            s: messages.iter().filter_map(|message| message.s).collect(),
             messages,
             e: earliest.map(u64::cast_signed),
             h: earliest.map(|_| user_hash(user)),

@@ -158,6 +158,8 @@ struct DueDoc {
     due: i64,
     #[serde(default)]
     attempts: Option<Binary>,
+    #[serde(default)]
+    devices: Option<Binary>,
 }
 
 impl DueDoc {
@@ -216,6 +218,7 @@ pub(super) async fn claim(
 struct Plan {
     claimed: Claimed,
     dying: bool,
+    missed: bool,
 }
 
 impl Claims {
@@ -232,6 +235,7 @@ impl Claims {
                 armed: inbox.armed.cast_unsigned(),
                 attempt: u32::try_from(inbox.attempt).unwrap_or(u32::MAX),
                 retries: plan.claimed.retries,
+                missed: plan.missed,
             });
         }
     }
@@ -260,7 +264,9 @@ fn plan(
         change.set.insert("attempt", 0_i64);
     }
     change.attempts(&before, &attempts);
-    Ok((database.update(filter, change.update(), false), Plan { claimed, dying }))
+    let devices = documents::devices(&inbox.user, inbox.devices.as_ref())?;
+    let missed = devices.has_written(inbox.seq.cast_unsigned());
+    Ok((database.update(filter, change.update(), false), Plan { claimed, dying, missed }))
 }
 
 fn part_holds(part: Part, user: &str) -> bool {
@@ -279,7 +285,7 @@ async fn find(database: &Database, look: &Look, limit: usize) -> Result<Vec<DueD
     }
     let fields = doc! {
         "epoch": 1, "seq": 1, "mark": 1, "settles": 1, "written": 1, "armed": 1, "attempt": 1, "due": 1,
-        "attempts": 1,
+        "attempts": 1, "devices": 1,
     };
     let options = FindOptions::builder()
         .sort(doc! { "due": 1 })

@@ -7,7 +7,7 @@ use mongodb::bson::Uuid as BsonUuid;
 use uuid::Uuid;
 
 use super::documents::{CollapseDoc, InboxDoc, KeyDoc, MessageDoc, SettlerDoc, WriterDoc, id};
-use crate::store::{Attempts, NewMessage, Settled, SettledMessage, StoreError, epoch::epoch};
+use crate::store::{Attempts, Devices, NewMessage, Settled, SettledMessage, StoreError, epoch::epoch};
 
 /// An unsettled message without its body.
 #[derive(Debug, Clone)]
@@ -15,11 +15,14 @@ pub(super) struct Open {
     pub(super) seq: u64,
     pub(super) id: BsonUuid,
     pub(super) time_us: u64,
+    pub(super) caller: String,
     pub(super) trace: String,
     /// Length of the payload.
     pub(super) bytes: usize,
     /// Unix time in microseconds; 0 for never.
     pub(super) expires_us: u64,
+    /// The durable publication whose payload it shares.
+    pub(super) shared: Option<BsonUuid>,
 }
 
 impl Open {
@@ -29,9 +32,11 @@ impl Open {
             seq: message.seq(),
             id: message.i,
             time_us: header.time_us,
+            caller: header.caller,
             trace: header.trace,
             bytes: usize::try_from(header.bytes).unwrap_or(usize::MAX),
             expires_us: header.expires_us,
+            shared: message.s,
         })
     }
 
@@ -41,9 +46,11 @@ impl Open {
             seq,
             id: id(message.message_id),
             time_us: message.time_us,
+            caller: message.caller.clone(),
             trace: message.trace.clone(),
             bytes: prost::Message::encoded_len(&*message.payload),
             expires_us: message.expires_us,
+            shared: message.shared.map(id),
         }
     }
 
@@ -93,6 +100,8 @@ pub(super) struct Inbox {
     pub(super) looked_beside: Vec<(u64, u64)>,
     /// What failed; changes with `settles`.
     pub(super) attempts: Attempts,
+    /// Its devices; change with `settles`.
+    pub(super) devices: Devices,
     /// Dying messages whose dead letters are written; for one round.
     pub(super) buried: BTreeSet<u64>,
     /// Whether it was read in this round: what it says is no older than what is asked.
@@ -109,7 +118,12 @@ impl Inbox {
         let epoch = epoch(store_id, user).cast_signed();
         Self {
             exists: false,
-            ..Self::with(InboxDoc { epoch, ..InboxDoc::default() }, Vec::new(), Attempts::default())
+            ..Self::with(
+                InboxDoc { epoch, ..InboxDoc::default() },
+                Vec::new(),
+                Attempts::default(),
+                Devices::default(),
+            )
         }
     }
 
@@ -119,11 +133,11 @@ impl Inbox {
     /// When a message in it is damaged.
     pub(super) fn new(document: InboxDoc) -> Result<Self, StoreError> {
         let open = document.messages.iter().map(Open::new).collect::<Result<_, _>>()?;
-        let attempts = document.attempts()?;
-        Ok(Self::with(document, open, attempts))
+        let (attempts, devices) = (document.attempts()?, document.devices()?);
+        Ok(Self::with(document, open, attempts, devices))
     }
 
-    fn with(document: InboxDoc, open: Vec<Open>, attempts: Attempts) -> Self {
+    fn with(document: InboxDoc, open: Vec<Open>, attempts: Attempts, devices: Devices) -> Self {
         Self {
             exists: true,
             epoch: document.epoch.cast_unsigned(),
@@ -145,6 +159,7 @@ impl Inbox {
             beside: BTreeMap::new(),
             looked_beside: Vec::new(),
             attempts,
+            devices,
             buried: BTreeSet::new(),
             fresh: true,
             shared: false,
@@ -165,7 +180,7 @@ impl Inbox {
 
     /// Bytes of the payloads in the document.
     pub(super) fn bytes(&self) -> usize {
-        self.open.iter().map(|open| open.bytes).sum()
+        self.open.iter().filter(|open| open.shared.is_none()).map(|open| open.bytes).sum()
     }
 
     /// An unsettled message, in the document or among those read beside it.

@@ -237,6 +237,7 @@ impl Lane {
                 max_attempts: self.max_attempts,
                 random: &*self.random,
                 batch,
+                watched: self.sink.watches(),
             };
             let Some(user) = self.users.get_mut(name) else { return Ok(None) };
             let before = user.queue.len();
@@ -293,7 +294,7 @@ impl Lane {
                 return None;
             }
             Kind::Ack { plan, .. } if done => {
-                plan.tell(sink, name);
+                plan.tell(sink, name, inbox.epoch);
                 plan.answer(&mut user.queue);
                 return None;
             }
@@ -301,7 +302,12 @@ impl Lane {
             Kind::Ack { settles, ref plan } => plan.settles() && inbox.settles == settles,
             Kind::Arm(_) => false,
         };
-        again.then_some(attempt)
+        if again && attempt.until_us.is_some() {
+            // Perhaps it came too late because this node's idea of the server's time is wrong.
+            database.ask_time.notify_one();
+        }
+        // One that is too late is planned afresh, with a time of its own.
+        Some(attempt).filter(|attempt| again && !attempt.is_late(database.clock.now_us()))
     }
 
     /// Takes over what became of a write.
@@ -323,7 +329,7 @@ impl Lane {
                     }
                     Kind::Ack { plan, .. } => {
                         plan.apply(inbox);
-                        plan.tell(sink, name);
+                        plan.tell(sink, name, inbox.epoch);
                         plan.answer(&mut user.queue);
                     }
                     Kind::Arm(_) => {}
@@ -391,9 +397,15 @@ impl Lane {
         for tidied in tidied {
             if let Some(inbox) = self.inboxes.get_mut(&tidied.user) {
                 tidied.apply(inbox);
-                // What came meanwhile may be too much already.
-                if untidy(inbox, &self.bounds) {
+                if !untidy(inbox, &self.bounds) {
+                    continue;
+                }
+                if tidied.moved() {
+                    // What came meanwhile may be too much already.
                     self.untidy.push(tidied.user);
+                } else {
+                    // Another node did it, which changes nothing by which this one would notice.
+                    inbox.stale = true;
                 }
             }
         }

@@ -12,15 +12,20 @@ mod clock;
 mod connect;
 mod database;
 mod dead;
+mod deliveries;
+mod devices;
 mod documents;
 mod due;
 mod expire;
+mod fanout;
 mod inbox;
 mod lane;
+mod payloads;
 mod plan;
 mod queue;
 mod reader;
 mod rearm;
+mod receipts;
 mod scheduled;
 mod sharding;
 #[cfg(test)]
@@ -44,19 +49,22 @@ use parking_lot::Mutex;
 use plan::Bounds;
 use prost::Message as _;
 use queue::Queue;
+use receipts::Log;
 use sanjay_runtime::clock::SharedClock;
 pub use sharding::{ShardError, shard, shard_commands};
 use tokio::{
-    sync::{Semaphore, mpsc, oneshot},
+    sync::{Notify, Semaphore, mpsc, oneshot},
     time::Instant,
 };
 use uuid::Uuid;
-use work::{Ack, Append, Call, Queued, Work};
+use work::{Ack, Append, Call, Queued, Seeing, Work};
 
 use super::{
-    Acked, AppendError, Appended, AuditPage, DeadFilter, DeadLetter, DeadPage, DeadPosition, DueInbox,
-    Expired, InboxQuery, InboxStore, NewMessage, Page, Rearm, Receipt, Scheduled, ScheduledAt, Settle, Stats,
-    StoreError, StoreOptions,
+    Acked, AppendError, Appended, Applied, AuditPage, Backlog, DeadFilter, DeadLetter, DeadPage,
+    DeadPosition, DeliveriesPage, DeliveriesQuery, DueInbox, Expired, Forgotten, InboxQuery, InboxStore,
+    JoinError, LogError, LogPage, LogPosition, LogStart, Membership, NewMessage, Numbered, Page, Publication,
+    PublicationError, Rearm, Receipt, RegisterError, Scheduled, ScheduledAt, Settle, Stats, StoreError,
+    StoreOptions, Turn,
 };
 
 /// How many groups of writes are under way at once: enough that the server has work for all its cores, and can sync
@@ -86,13 +94,22 @@ pub(crate) struct Tuning {
     /// Whether a count may be used again.
     pub(crate) old_stats: bool,
     bounds: Bounds,
+    /// How far readers of the log keep behind the clock, in microseconds; `None` for what is right.
+    pub(crate) log_lag_us: Option<u64>,
     /// Hears of each command.
     pub(crate) commands: Option<EventHandler<CommandEvent>>,
 }
 
 impl Default for Tuning {
     fn default() -> Self {
-        Self { clock: None, sharing: true, old_stats: true, bounds: Bounds::default(), commands: None }
+        Self {
+            clock: None,
+            sharing: true,
+            old_stats: true,
+            bounds: Bounds::default(),
+            log_lag_us: None,
+            commands: None,
+        }
     }
 }
 
@@ -109,12 +126,14 @@ struct Counted {
 pub struct MongoStore {
     database: Database,
     queue: Queue,
+    publications: fanout::Lanes,
     readers: Arc<Semaphore>,
     waiting_reads: Arc<Semaphore>,
     share: Arc<Share>,
     counted: Arc<Mutex<Counted>>,
     old_stats: bool,
     bounds: Bounds,
+    log: Arc<Log>,
 }
 
 impl MongoStore {
@@ -133,15 +152,20 @@ impl MongoStore {
     ) -> Result<Self, OpenError> {
         let opened = connect::open(location, &options, &tuning).await?;
         options.metrics.shares_store();
-        let clock = match tuning.clock {
+        let (own_clock, ask_time) = (tuning.clock, Arc::new(Notify::new()));
+        let clock = match own_clock.clone() {
             Some(clock) => clock,
-            None => server_clock(&opened.client, options.clock.clone()).await,
+            None => server_clock(&opened.client, options.clock.clone(), ask_time.clone()).await,
         };
         let database = Database {
             inbox: opened.database.collection("inbox"),
             beside: opened.database.collection("beside"),
             dead: opened.database.collection("dead"),
             scheduled: opened.database.collection("scheduled"),
+            channels: opened.database.collection("channels"),
+            members: opened.database.collection("members"),
+            publications: opened.database.collection("publications"),
+            remembered: Arc::default(),
             nodes: opened.database.collection::<Document>("nodes"),
             client: opened.client,
             store_id: opened.store_id,
@@ -149,11 +173,15 @@ impl MongoStore {
             clock,
             policy: database::policy(&options.metrics),
             metrics: options.metrics.clone(),
+            tells_now: opened.tells_now,
+            ask_time,
         };
         tokio::spawn(database.probing());
         let lanes = (0..LANES).map(|_| start_lane(&database, &options, tuning.bounds));
         let queue = Queue::new(lanes, database.policy.clone());
         Ok(Self {
+            log: Arc::new(Log::new(&database, own_clock, tuning.log_lag_us)),
+            publications: fanout::Lanes::start(&database),
             database,
             queue,
             readers: Arc::new(Semaphore::new(MAX_READERS)),
@@ -202,12 +230,12 @@ fn start_lane(database: &Database, options: &StoreOptions, bounds: Bounds) -> mp
     sender
 }
 
-async fn server_clock(client: &mongodb::Client, fallback: SharedClock) -> SharedClock {
+async fn server_clock(client: &mongodb::Client, fallback: SharedClock, wanted: Arc<Notify>) -> SharedClock {
     let clock = ServerClock::new(fallback);
     if !clock.ask(client).await {
         tracing::warn!("the database did not tell its time; this machine's is used until it does");
     }
-    tokio::spawn(ServerClock::follow(Arc::downgrade(&clock), client.clone()));
+    tokio::spawn(ServerClock::follow(Arc::downgrade(&clock), client.clone(), wanted));
     clock
 }
 
@@ -229,24 +257,33 @@ async fn answers<R>(
     results.unwrap_or_else(|error| (0..count).map(|_| refusal(error.clone())).collect())
 }
 
+/// Hands messages to their users' lanes; the answers are in their order.
+fn submit_appends(
+    queue: &Queue,
+    messages: Vec<NewMessage>,
+) -> BoxFuture<'static, Vec<Result<Appended, AppendError>>> {
+    let count = messages.len();
+    if count == 0 {
+        return async { Vec::new() }.boxed();
+    }
+    // What others share is not written with them.
+    let own = messages.iter().filter(|message| message.shared.is_none());
+    let bytes = own.map(|message| message.payload.encoded_len()).sum();
+    let submitted = queue.places(count, bytes).map(|places| {
+        let (call, answered) = Call::new(count, places);
+        for (part, message) in messages.into_iter().enumerate() {
+            let (key, collapse) = (key(&message), collapse(&message));
+            let user = message.user.clone();
+            queue.submit(user, Work::Append(Append { message, key, collapse, call: call.clone(), part }));
+        }
+        answered
+    });
+    answers(count, submitted, |error| Err(error.into())).boxed()
+}
+
 impl InboxStore for MongoStore {
     fn append(&self, messages: Vec<NewMessage>) -> BoxFuture<'static, Vec<Result<Appended, AppendError>>> {
-        let count = messages.len();
-        if count == 0 {
-            return async { Vec::new() }.boxed();
-        }
-        let bytes = messages.iter().map(|message| message.payload.encoded_len()).sum();
-        let submitted = self.queue.places(count, bytes).map(|places| {
-            let (call, answered) = Call::new(count, places);
-            for (part, message) in messages.into_iter().enumerate() {
-                let (key, collapse) = (key(&message), collapse(&message));
-                let user = message.user.clone();
-                self.queue
-                    .submit(user, Work::Append(Append { message, key, collapse, call: call.clone(), part }));
-            }
-            answered
-        });
-        answers(count, submitted, |error| Err(error.into())).boxed()
+        submit_appends(&self.queue, messages)
     }
 
     fn read(&self, queries: Vec<InboxQuery>) -> BoxFuture<'static, Vec<Result<Page, StoreError>>> {
@@ -377,9 +414,38 @@ impl InboxStore for MongoStore {
         self.run(move |database| async move { scheduled::forget(&database, &messages).await })
     }
 
-    fn sweep(&self, _: u64, _: usize) -> BoxFuture<'static, Result<usize, StoreError>> {
-        // TTL indexes remove what is past its time.
-        async { Ok(0) }.boxed()
+    fn register(&self, devices: Vec<(String, String)>) -> BoxFuture<'static, Vec<Result<(), RegisterError>>> {
+        let count = devices.len();
+        if count == 0 {
+            return async { Vec::new() }.boxed();
+        }
+        let submitted = self.queue.places(count, 0).map(|places| {
+            let (call, answered) = Call::new(count, places);
+            for (part, (user, device)) in devices.into_iter().enumerate() {
+                let ack = Ack::seeing(user.clone(), Seeing::Device(device), call.clone(), part);
+                self.queue.submit(user, Work::Ack(ack));
+            }
+            answered
+        });
+        let seen = answers(count, submitted, Err);
+        let result = |seen: Result<Acked, StoreError>| match seen {
+            Ok(acked) if acked.refused > 0 => Err(RegisterError::TooMany),
+            Ok(_) => Ok(()),
+            Err(error) => Err(error.into()),
+        };
+        async move { seen.await.into_iter().map(result).collect() }.boxed()
+    }
+
+    fn forget_devices(&self, now_us: u64, limit: usize) -> BoxFuture<'static, Result<Forgotten, StoreError>> {
+        let (share, queue) = (self.share.clone(), self.queue.clone());
+        self.run(
+            move |database| async move { devices::forget(&database, &share, &queue, now_us, limit).await },
+        )
+    }
+
+    fn sweep(&self, now_us: u64, limit: usize) -> BoxFuture<'static, Result<usize, StoreError>> {
+        // TTL indexes remove what is past its time; what is left are payloads that nobody needs any more.
+        self.run(move |database| async move { payloads::sweep(&database, now_us, limit).await })
     }
 
     fn stats(&self) -> BoxFuture<'static, Result<Stats, StoreError>> {
@@ -405,8 +471,90 @@ impl InboxStore for MongoStore {
         self.run(move |database| async move { audit::audit(&database, &after, limit).await })
     }
 
+    fn join(
+        &self,
+        channel: String,
+        users: Vec<String>,
+        most: u64,
+    ) -> BoxFuture<'static, Result<Membership, JoinError>> {
+        let joined = self
+            .run(move |database| async move { Ok(fanout::join(&database, &channel, &users, most).await) });
+        async move { joined.await? }.boxed()
+    }
+
+    fn leave(
+        &self,
+        channel: String,
+        users: Vec<String>,
+    ) -> BoxFuture<'static, Result<Membership, StoreError>> {
+        self.run(move |database| async move { fanout::leave(&database, &channel, &users).await })
+    }
+
+    fn members(
+        &self,
+        channel: String,
+        after: String,
+        limit: usize,
+    ) -> BoxFuture<'static, Result<Vec<String>, StoreError>> {
+        self.run(move |database| async move { fanout::list(&database, &channel, &after, limit).await })
+    }
+
+    fn publish_durable(
+        &self,
+        publication: Publication,
+    ) -> BoxFuture<'static, Result<Numbered, PublicationError>> {
+        let places = match self.queue.places(1, publication.payload.encoded_len()) {
+            Ok(places) => places,
+            Err(error) => return async move { Err(error.into()) }.boxed(),
+        };
+        let (answer, answered) = oneshot::channel();
+        let key = fanout::key(&publication);
+        self.publications.submit(fanout::Waiting { publication, key, answer, _places: places });
+        async move { answered.await.unwrap_or_else(|_| Err(gone().into())) }.boxed()
+    }
+
+    fn claim_publications(
+        &self,
+        now_us: u64,
+        until_us: u64,
+        limit: usize,
+    ) -> BoxFuture<'static, Result<Vec<Turn>, StoreError>> {
+        let share = self.share.clone();
+        self.run(
+            move |database| async move { fanout::claim(&database, &share, now_us, until_us, limit).await },
+        )
+    }
+
+    fn apply(
+        &self,
+        turn: Turn,
+        until_us: u64,
+        limit: usize,
+    ) -> BoxFuture<'static, Result<Applied, StoreError>> {
+        let (database, queue) = (self.database.clone(), self.queue.clone());
+        async move { fanout::apply(&database, &queue, turn, until_us, limit).await }.boxed()
+    }
+
+    fn backlog(&self) -> BoxFuture<'static, Result<Backlog, StoreError>> {
+        self.run(|database| async move { fanout::backlog(&database).await })
+    }
+
     fn clock(&self) -> SharedClock {
         self.database.clock.clone()
+    }
+
+    fn receipts(&self, from: LogStart, limit: usize) -> BoxFuture<'static, Result<LogPage, LogError>> {
+        let (database, log) = (self.database.clone(), self.log.clone());
+        async move { receipts::read(&database, &log, from, limit).await }.boxed()
+    }
+
+    fn receipts_after(&self, position: LogPosition) -> BoxFuture<'static, ()> {
+        let (database, log) = (self.database.clone(), self.log.clone());
+        async move { receipts::wait(&database, &log, &position).await }.boxed()
+    }
+
+    fn deliveries(&self, query: DeliveriesQuery) -> BoxFuture<'static, Result<DeliveriesPage, StoreError>> {
+        self.run(move |database| async move { deliveries::list(&database, &query).await })
     }
 }
 

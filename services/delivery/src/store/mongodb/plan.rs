@@ -9,6 +9,7 @@ use super::{
     ack, append,
     database::Database,
     inbox::Inbox,
+    receipts,
     work::{Queued, Work},
 };
 use crate::store::{FIRST_DUE, Overflow, StoreError};
@@ -48,12 +49,16 @@ pub(super) struct Rules<'a> {
     pub(super) random: &'a dyn Random,
     /// Number of the write that is being made.
     pub(super) batch: i64,
+    /// Whether somebody hears of what is settled, and of inboxes that are filling.
+    pub(super) watched: bool,
 }
 
 /// A write under way, or without an answer.
 pub(super) struct Attempt {
     pub(super) batch: i64,
     pub(super) model: WriteModel,
+    /// From when on the server does not do it any more, Unix time in microseconds; `None` for never.
+    pub(super) until_us: Option<u64>,
     /// Bytes of payload.
     pub(super) bytes: usize,
     pub(super) kind: Kind,
@@ -88,6 +93,11 @@ pub(super) enum Step {
 }
 
 impl Attempt {
+    /// Whether the server certainly does not do it any more.
+    pub(super) fn is_late(&self, now_us: u64) -> bool {
+        self.until_us.is_some_and(|until_us| now_us >= until_us.saturating_add(receipts::SLACK_US))
+    }
+
     /// How many messages or acks it is for.
     pub(super) fn items(&self) -> usize {
         match &self.kind {
@@ -118,9 +128,16 @@ pub(super) fn over(inbox: &Inbox, bounds: &Bounds) -> bool {
 pub(super) fn arm(rules: &Rules<'_>, user: &str, queue: &VecDeque<Queued>) -> Step {
     let count = queue.iter().take_while(|queued| matches!(queued.work, Work::Arm(_))).count();
     let unwritten = doc! { "$gt": ["$seq", { "$max": ["$mark", "$written"] }] };
-    let filter = doc! { "_id": user, "$expr": unwritten };
+    // As in `receipts::in_time`.
+    let filter = doc! { "_id": user, "$and": [{ "$expr": unwritten }] };
     let due_us = rules.now_us + FIRST_DUE.as_micros() as u64;
     let update = doc! { "$inc": { "armed": 1_i64 }, "$min": { "due": due_us.cast_signed() } };
     let model = rules.database.update(filter, update, false);
-    Step::Write(Box::new(Attempt { batch: rules.batch, model, bytes: 0, kind: Kind::Arm(count) }))
+    Step::Write(Box::new(Attempt {
+        batch: rules.batch,
+        model,
+        until_us: None,
+        bytes: 0,
+        kind: Kind::Arm(count),
+    }))
 }

@@ -18,14 +18,15 @@ use uuid::Uuid;
 use super::{
     database::Database,
     documents::{BesideDoc, BodiesDoc, InboxDoc, MessageDoc, ReceiptDoc, bodies_between, has_expired, id},
+    payloads::{self, Shared},
     scheduled,
 };
 use crate::{
     message::State,
     metrics::StoreOperation,
     store::{
-        InboxQuery, MAX_PAGE_BYTES, MAX_PAGE_MESSAGES, MAX_READ_BYTES, Page, RECEIPT_RETENTION, Receipt,
-        Settled, Stats, StoreError, epoch::epoch,
+        Devices, InboxQuery, Known, MAX_PAGE_BYTES, MAX_PAGE_MESSAGES, MAX_READ_BYTES, Page,
+        RECEIPT_RETENTION, Receipt, Settled, Stats, StoreError, epoch::epoch,
     },
 };
 
@@ -70,7 +71,7 @@ async fn find(
     users: &[String],
     bodies: bool,
 ) -> Result<HashMap<String, InboxDoc>, StoreError> {
-    let mut projection = doc! { "receipts": 0, "keys": 0, "writers": 0 };
+    let mut projection = doc! { "receipts": 0, "log": 0, "keys": 0, "writers": 0 };
     if !bodies {
         projection.insert("messages", 0);
     }
@@ -87,8 +88,8 @@ async fn page(
     for _ in 0..TRIES {
         let Some(inbox) = inboxes.get(&query.user) else {
             let epoch = epoch(database.store_id, &query.user);
-            let covers = 0;
-            return Ok(Page { epoch, covers, ..Page::default() });
+            let device = query.device.as_ref().map_or(Known::Lately, |_| Known::Unknown);
+            return Ok(Page { epoch, device, ..Page::default() });
         };
         if let Some(page) = try_page(database, inbox, query, budget).await? {
             return Ok(page);
@@ -102,15 +103,19 @@ async fn page(
 /// The messages that a query is about, as (seq, delivery), ascending, also when they have expired.
 fn wanted(
     inbox: &InboxDoc,
+    devices: &Devices,
     query: &InboxQuery,
+    after: u64,
 ) -> Result<Box<dyn Iterator<Item = (u64, u32)> + Send>, StoreError> {
     let (attempts, settled, head) = (inbox.attempts()?, inbox.settled(), inbox.head());
+    let (devices, device) = (devices.clone(), query.device.clone());
+    let lacks = move |seq: &u64| device.as_ref().is_none_or(|device| !devices.has_acked(device, *seq));
     if query.only.is_empty() {
-        let after = query.after.unwrap_or(inbox.mark.cast_unsigned());
-        let unsettled = unsettled(settled, head, after);
+        let unsettled = unsettled(settled, head, after).filter(lacks);
         return Ok(Box::new(unsettled.filter_map(move |seq| Some((seq, attempts.delivery(seq)?)))));
     }
-    let seqs = query.only_seqs().into_iter().filter(move |seq| *seq <= head && !settled.holds(*seq));
+    let seqs = query.only_seqs().into_iter().filter(lacks);
+    let seqs = seqs.filter(move |seq| *seq <= head && !settled.holds(*seq));
     Ok(Box::new(seqs.filter_map(move |seq| Some((seq, attempts.newest(seq)?)))))
 }
 
@@ -127,24 +132,35 @@ struct Filling {
 }
 
 impl Filling {
-    /// Takes the next message, or passes it by when it has expired; `false` when the page ends before it.
-    fn put(&mut self, found: &MessageDoc, delivery: u32) -> Result<bool, StoreError> {
+    /// Takes the next message, or passes it by when it has expired; `false` when the page ends before it. `None` when its
+    /// shared payload is gone, and so it is settled.
+    fn put(
+        &mut self,
+        found: &MessageDoc,
+        delivery: u32,
+        shared: &Shared,
+    ) -> Result<Option<bool>, StoreError> {
         let header = found.header()?;
         if has_expired(header.expires_us, self.now_us) {
             self.passed = found.seq();
-            return Ok(true);
+            return Ok(Some(true));
         }
         if self.messages.len() >= self.limit {
-            return Ok(false);
+            return Ok(Some(false));
         }
-        let message = InboxMessage { delivery, ..found.message(header)? };
+        let payload = match found.s.map(|id| shared.get(id)) {
+            None => None,
+            Some(Ok(payload)) => Some(&**payload),
+            Some(Err(gone)) => return Ok(if gone { None } else { Some(false) }),
+        };
+        let message = InboxMessage { delivery, ..found.message(header, payload)? };
         let size = prost::Message::encoded_len(&message);
         if (self.bytes > 0 && self.bytes + size > MAX_PAGE_BYTES) || size > self.left {
-            return Ok(false);
+            return Ok(Some(false));
         }
         (self.bytes, self.left, self.passed) = (self.bytes + size, self.left - size, message.seq);
         self.messages.push(message);
-        Ok(true)
+        Ok(Some(true))
     }
 }
 
@@ -155,15 +171,22 @@ async fn try_page(
     query: &InboxQuery,
     budget: &mut usize,
 ) -> Result<Option<Page>, StoreError> {
-    let (mark, head) = (inbox.mark.cast_unsigned(), inbox.head());
-    let after = query.after.unwrap_or(mark);
-    let limit = if query.only.is_empty() { query.limit } else { MAX_PAGE_MESSAGES }.min(MAX_PAGE_MESSAGES);
+    let (devices, head, epoch) = (inbox.devices()?, inbox.head(), inbox.epoch.cast_unsigned());
     let now_us = database.clock.now_us();
+    let (mut mark, mut known) = (inbox.mark.cast_unsigned(), Known::Lately);
+    if let Some(device) = &query.device {
+        (mark, known) = (devices.mark(device, &inbox.settled()), devices.known(device, now_us));
+    }
+    let after = query.after.unwrap_or(mark);
+    if known == Known::Unknown {
+        return Ok(Some(Page { epoch, mark, head, covers: after, device: known, ..Page::default() }));
+    }
+    let limit = if query.only.is_empty() { query.limit } else { MAX_PAGE_MESSAGES }.min(MAX_PAGE_MESSAGES);
     let messages = Vec::new();
     let mut page = Filling { messages, bytes: 0, limit, left: *budget, now_us, passed: after };
     let inside: BTreeMap<u64, &MessageDoc> =
         inbox.messages.iter().map(|message| (message.seq(), message)).collect();
-    let mut wanted = wanted(inbox, query)?;
+    let mut wanted = wanted(inbox, &devices, query, after)?;
     let mut ended = false;
     for look in 1.. {
         // One more than the page takes tells whether it is the last.
@@ -179,9 +202,15 @@ async fn try_page(
             (Some(first), last) => beside(database, &query.user, first, last.unwrap_or(first)).await?,
             _ => (BTreeMap::new(), true),
         };
+        let body = |seq: &u64| inside.get(seq).copied().or_else(|| beside.get(seq));
+        let shared =
+            payloads::of_page(database, some.iter().filter_map(|(seq, _)| body(seq)), now_us).await?;
         for (seq, delivery) in some {
-            ended = match inside.get(&seq).copied().or_else(|| beside.get(&seq)) {
-                Some(found) => !page.put(found, delivery)?,
+            ended = match body(&seq) {
+                Some(found) => match page.put(found, delivery, &shared)? {
+                    Some(taken) => !taken,
+                    None => return Ok(None),
+                },
                 // Beyond what was read at once; the next page begins there.
                 None if !complete && page.passed > after => true,
                 None if page.messages.len() == limit => true,
@@ -198,7 +227,12 @@ async fn try_page(
     }
     *budget = page.left;
     let covers = if ended { page.messages.last().map_or(page.passed, |last| last.seq) } else { head };
-    Ok(Some(Page { epoch: inbox.epoch.cast_unsigned(), mark, head, covers, messages: page.messages }))
+    let mut acked_by = Vec::new();
+    if query.device.is_none() && !query.only.is_empty() && !devices.is_empty() {
+        let seqs = page.messages.iter().map(|message| message.seq);
+        acked_by = seqs.map(|seq| (seq, devices.acked_by(seq))).collect();
+    }
+    Ok(Some(Page { epoch, mark, head, covers, messages: page.messages, device: known, acked_by }))
 }
 
 /// The unsettled seqs up to `head` above `after`, ascending.
@@ -246,7 +280,7 @@ pub(super) async fn lookup(
     let users = [user.to_owned()];
     let mut before = None;
     for _ in 0..TRIES {
-        let projection = doc! { "messages.p": 0, "keys": 0, "writers": 0 };
+        let projection = doc! { "messages.p": 0, "log": 0, "keys": 0, "writers": 0 };
         let mut found: Vec<InboxDoc> =
             database.find_inboxes(StoreOperation::Read, &users, projection).await?;
         let inbox = found.pop().unwrap_or_default();

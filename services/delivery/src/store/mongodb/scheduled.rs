@@ -102,6 +102,7 @@ impl ScheduledDoc {
             trace: header.trace,
             expires_us: header.expires_us,
             collapse_key: self.c,
+            shared: None,
         };
         Ok(Scheduled { message, deliver_us: self.at.cast_unsigned() })
     }

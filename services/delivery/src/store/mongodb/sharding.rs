@@ -17,8 +17,15 @@ const COMMAND: Duration = Duration::from_secs(60);
 
 /// Each collection that is spread, with the field whose hash says where a document lies. The others are small, and stay
 /// on one shard.
-pub(super) const SHARD_KEYS: [(&str, &str); 4] =
-    [("inbox", "_id"), ("beside", "u"), ("dead", "u"), ("scheduled", "u")];
+pub(super) const SHARD_KEYS: [(&str, &str); 7] = [
+    ("inbox", "_id"),
+    ("beside", "u"),
+    ("dead", "u"),
+    ("scheduled", "u"),
+    ("channels", "_id"),
+    ("members", "c"),
+    ("publications", "_id"),
+];
 
 /// Why the collections were not spread.
 #[derive(Debug, thiserror::Error)]

@@ -24,10 +24,13 @@ use crate::{
 };
 
 mod away;
+mod devices;
 mod ending;
 mod failing;
+mod fanout;
 mod faults;
 mod random;
+mod receipts;
 mod scheduled;
 mod shapes;
 mod sharding;
@@ -60,8 +63,13 @@ fn location(uri: &str, login: Option<(&str, &str)>) -> store::Database {
 impl Case {
     fn at(location: store::Database) -> Self {
         let clock = Arc::new(ManualClock::new(BEGIN_US));
-        let tuning =
-            Tuning { clock: Some(clock.clone()), sharing: false, old_stats: false, ..Tuning::default() };
+        let tuning = Tuning {
+            clock: Some(clock.clone()),
+            sharing: false,
+            old_stats: false,
+            log_lag_us: Some(1),
+            ..Tuning::default()
+        };
         Self {
             location,
             clock,
@@ -140,6 +148,20 @@ impl Harness for Case {
             beside.update_many(doc! { "u": user, "messages.n": seq.cast_signed() }, lose).await.unwrap();
         assert!(inside.modified_count + beside.modified_count > 0, "there was a body {seq}");
         store
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 12, max_shrink_iters: 64, ..ProptestConfig::default() })]
+
+    #[test]
+    fn durable_publications_agree_with_the_model(operations in suite::fanout::operations(), small: bool) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let case = Case::on(Mongo::shared().await);
+            let case = if small { case.small() } else { case };
+            suite::fanout::agrees_with_the_model(case, operations).await;
+        });
     }
 }
 

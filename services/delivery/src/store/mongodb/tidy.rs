@@ -16,6 +16,7 @@ use super::{
         BodiesDoc, InboxDoc, KeyDoc, MAX_SPAN, MessageDoc, ReceiptDoc, bodies_id, date, document, key_id,
     },
     inbox::Inbox,
+    payloads,
     plan::Bounds,
 };
 use crate::{
@@ -44,6 +45,11 @@ pub(super) struct Tidied {
 }
 
 impl Tidied {
+    /// Whether there was anything to do.
+    pub(super) fn moved(&self) -> bool {
+        self.spilled > 0 || self.receipts > 0 || !self.keys.is_empty() || self.removed > 0
+    }
+
     /// Notes it in what is known of the inbox.
     pub(super) fn apply(&self, inbox: &mut Inbox) {
         inbox.open.retain(|open| open.seq > self.spilled);
@@ -77,8 +83,9 @@ pub(super) async fn tidy(database: Database, bounds: Bounds, users: Vec<String>)
 }
 
 async fn try_tidy(database: &Database, bounds: Bounds, users: &[String]) -> Result<Vec<Tidied>, StoreError> {
-    let found: Vec<InboxDoc> =
-        database.find_inboxes(StoreOperation::Tidy, users, doc! { "writers": 0, "attempts": 0 }).await?;
+    let found: Vec<InboxDoc> = database
+        .find_inboxes(StoreOperation::Tidy, users, doc! { "writers": 0, "attempts": 0, "log": 0 })
+        .await?;
     let mut moves = Vec::new();
     for inbox in found {
         moves.push(plan(database, bounds, inbox)?);
@@ -105,7 +112,13 @@ fn plan(database: &Database, bounds: Bounds, inbox: InboxDoc) -> Result<Move, St
     let mut m = Move { tidied, beside: Vec::new(), leave: Vec::new() };
     let (mut pull, mut update) = (Document::new(), Document::new());
     let (mark, spilled) = (inbox.mark, inbox.spilled);
+    let shared: Vec<(i64, BsonUuid)> =
+        inbox.messages.iter().filter_map(|message| Some((message.n, message.s?))).collect();
     if let Some(last) = spill(database, bounds, &user, inbox.messages, &mut m.beside)? {
+        let shared = payloads::ids(shared.into_iter().filter(|(seq, _)| *seq <= last).map(|(_, id)| id));
+        if !shared.is_empty() {
+            pull.insert("shared", doc! { "$in": shared });
+        }
         pull.insert("messages", doc! { "n": { "$lte": last } });
         update.insert("$max", doc! { "spilled": last });
         m.tidied.spilled = last.cast_unsigned();
@@ -115,6 +128,8 @@ fn plan(database: &Database, bounds: Bounds, inbox: InboxDoc) -> Result<Move, St
         m.tidied.receipts = ids.len();
         m.beside.push(database.insert(receipts_document(&user, &inbox.receipts)?));
         pull.insert("receipts", doc! { "i": { "$in": ids } });
+        let log: Vec<String> = inbox.receipts.iter().map(ReceiptDoc::entry).collect();
+        pull.insert("log", doc! { "$in": log });
     }
     if inbox.keys.len() > bounds.keys {
         // The last use of each key: an earlier one is out of its window.
@@ -199,11 +214,12 @@ fn receipts_document(user: &str, receipts: &[ReceiptDoc]) -> Result<Document, St
     let last_us = receipts.iter().map(|receipt| receipt.t.cast_unsigned()).max().unwrap_or(0);
     let first = receipts.first().map_or(Uuid::nil(), |receipt| Uuid::from_bytes(receipt.i.bytes()));
     let ids: Vec<Bson> = receipts.iter().map(|receipt| receipt.i.into()).collect();
+    let log: Vec<String> = receipts.iter().map(ReceiptDoc::entry).collect();
     let receipts: Vec<Document> = receipts.iter().map(document).collect::<Result<_, _>>()?;
     let expiry = date(last_us + RECEIPT_RETENTION.as_micros() as u64);
     // The first and how many: two nodes that move the same receipts write the same document.
     let id = format!("r/{user}/{first}/{}", ids.len());
-    Ok(doc! { "_id": id, "u": user, "ids": ids, "receipts": receipts, "x": expiry })
+    Ok(doc! { "_id": id, "u": user, "ids": ids, "receipts": receipts, "log": log, "x": expiry })
 }
 
 /// A dedupe key beside the inbox, in the place of one that is older.

@@ -69,6 +69,11 @@ impl Append {
         prost::Message::encoded_len(&*self.message.payload) as u64
     }
 
+    /// Bytes of payload that are written with it.
+    pub(super) fn own_bytes(&self) -> usize {
+        if self.message.shared.is_some() { 0 } else { prost::Message::encoded_len(&*self.message.payload) }
+    }
+
     pub(super) fn answer(self, result: Result<Appended, AppendError>) {
         self.call.answer(self.part, result);
     }
@@ -88,6 +93,8 @@ pub(super) struct Ack {
     finishes: bool,
     /// What it has settled as expired; `None` also when that is done.
     pub(super) expiring: Option<Expiring>,
+    /// What it notes of devices; `None` for an ack.
+    pub(super) seeing: Option<Seeing>,
     pub(super) call: Arc<Call<Result<Acked, StoreError>>>,
     pub(super) part: usize,
 }
@@ -103,6 +110,15 @@ pub(super) struct Expiring {
     pub(super) beside: Vec<(u64, u64)>,
 }
 
+/// What is to be noted of the devices of one inbox.
+#[derive(Debug)]
+pub(super) enum Seeing {
+    /// This one is there.
+    Device(String),
+    /// Those are to be forgotten that were not seen for long at this Unix time in microseconds.
+    Gone(u64),
+}
+
 impl Ack {
     pub(super) fn new(settle: Settle, call: Arc<Call<Result<Acked, StoreError>>>, part: usize) -> Self {
         let mut ranges: Vec<(u64, u64)> =
@@ -110,7 +126,18 @@ impl Ack {
         // In ascending order, what moves the mark comes before what needs a range of its own.
         ranges.sort_unstable();
         let (done, failed) = (Vec::new(), Vec::new());
-        Self { settle, ranges, done, failed, refused: 0, finishes: false, expiring: None, call, part }
+        Self {
+            settle,
+            ranges,
+            done,
+            failed,
+            refused: 0,
+            finishes: false,
+            expiring: None,
+            seeing: None,
+            call,
+            part,
+        }
     }
 
     /// Nobody's ack: has the dying messages of an inbox settled, which happens with any.
@@ -131,10 +158,22 @@ impl Ack {
         Self { expiring: Some(expiring), ..Self::new(settle, call, part) }
     }
 
+    /// Nobody's ack: notes something of devices. Its answer counts as refused what found no room, or was forgotten.
+    pub(super) fn seeing(
+        user: String,
+        seeing: Seeing,
+        call: Arc<Call<Result<Acked, StoreError>>>,
+        part: usize,
+    ) -> Self {
+        let settle = Settle { user, ..Settle::default() };
+        Self { seeing: Some(seeing), ..Self::new(settle, call, part) }
+    }
+
     /// Whether it must be planned by what the database says now.
     pub(super) fn needs_fresh(&self) -> bool {
         self.finishes
             || self.expiring.is_some()
+            || self.seeing.is_some()
             || !self.settle.failed.is_empty()
             || !self.settle.rewritten.is_empty()
     }

@@ -178,6 +178,7 @@ fn prepare(path: &Path, database: &Database, random: &dyn Random) -> Result<u64,
     match (format, store_id) {
         (Some(tables::FORMAT), Some(store_id)) => {
             add_tables(database)
+                .and_then(|()| super::fanout::release_turns(database))
                 .map_err(|error| OpenError::Other { path: text(), error: error.to_string() })?;
             Ok(store_id)
         }
@@ -216,12 +217,13 @@ fn create_tables(database: &Database, store_id: u64) -> Result<(), redb::Error> 
 
 /// Gives a file of an earlier build the tables that came since.
 fn add_tables(database: &Database) -> Result<(), redb::Error> {
-    match database.begin_read()?.open_table(tables::SCHEDULED_AT) {
-        Err(redb::TableError::TableDoesNotExist(_)) => {}
-        table => return table.map(|_| ()).map_err(redb::Error::from),
-    }
     let transaction = database.begin_write()?;
+    let before = transaction.list_tables()?.count();
     tables::create(&transaction)?;
-    transaction.commit()?;
+    if transaction.list_tables()?.count() == before {
+        transaction.abort()?;
+    } else {
+        transaction.commit()?;
+    }
     Ok(())
 }

@@ -4,9 +4,12 @@
 //! of it is answered. Readers see the last commit and run on the blocking pool, a few at a time.
 
 mod dead;
+mod devices;
 mod ending;
+mod fanout;
 mod file;
 mod reader;
+mod receipts;
 mod room;
 mod scheduled;
 mod tables;
@@ -29,14 +32,16 @@ pub use file::OpenError;
 use file::RedbFile;
 use futures::{FutureExt, future::BoxFuture};
 use sanjay_runtime::clock::SharedClock;
-use tokio::sync::{Semaphore, oneshot};
+use tokio::sync::{Semaphore, oneshot, watch};
 use uuid::Uuid;
 use writer::{Operation, Queued, Writer};
 
 use super::{
-    Acked, AppendError, Appended, AuditPage, DeadFilter, DeadLetter, DeadPage, DeadPosition, DueInbox,
-    Expired, InboxQuery, InboxStore, NewMessage, Page, Rearm, Receipt, Scheduled, ScheduledAt, Settle, Stats,
-    StoreError, StoreOptions,
+    Acked, AppendError, Appended, Applied, AuditPage, Backlog, DeadFilter, DeadLetter, DeadPage,
+    DeadPosition, DeliveriesPage, DeliveriesQuery, DueInbox, Expired, Forgotten, InboxQuery, InboxStore,
+    JoinError, LogError, LogPage, LogPosition, LogStart, Membership, NewMessage, Numbered, Page, Publication,
+    PublicationError, Rearm, Receipt, RegisterError, Scheduled, ScheduledAt, Settle, Stats, StoreError,
+    StoreOptions, Turn,
 };
 
 /// Most operations that wait for the writer.
@@ -61,6 +66,8 @@ pub struct RedbStore {
     waiting_reads: Arc<Semaphore>,
     store_id: u64,
     clock: SharedClock,
+    /// The place in the log of receipts that the next one gets; 0 before the first since the file was opened.
+    next_receipt: watch::Receiver<u64>,
 }
 
 impl RedbStore {
@@ -77,6 +84,7 @@ impl RedbStore {
         let (file, store_id) = opened.map_err(|error| failed(error.to_string()))??;
         let file = Arc::new(file);
         let (sender, operations) = sync_channel(MAX_QUEUED);
+        let (next_receipt, receipts) = watch::channel(0);
         let writer = Writer {
             file: file.clone(),
             operations,
@@ -89,6 +97,7 @@ impl RedbStore {
             metrics: options.metrics,
             on_commit: options.on_commit,
             unsynced: Cell::new(0),
+            next_receipt,
         };
         let writer = std::thread::Builder::new().name("inbox-writer".to_owned()).spawn(move || {
             let guard = AbortOnPanic;
@@ -104,6 +113,7 @@ impl RedbStore {
             waiting_reads: Arc::new(Semaphore::new(MAX_WAITING_READS)),
             store_id,
             clock: options.clock,
+            next_receipt: receipts,
         })
     }
 
@@ -170,6 +180,21 @@ impl RedbStore {
                 Err(error) => Err(error),
             };
             results.unwrap_or_else(|error| (0..count).map(|_| Err(error.clone().into())).collect())
+        }
+        .boxed()
+    }
+
+    /// As [`RedbStore::ask`], for what has errors of its own.
+    fn fan_out<T: Send + 'static, E: From<StoreError> + Send + 'static>(
+        &self,
+        bytes: usize,
+        work: impl FnOnce(oneshot::Sender<Result<T, E>>) -> fanout::Work,
+    ) -> BoxFuture<'static, Result<T, E>> {
+        let (answer, answered) = oneshot::channel();
+        let submitted = self.submit(Operation::FanOut(work(answer)), bytes);
+        async move {
+            submitted?;
+            answered.await.unwrap_or_else(|_| Err(gone().into()))
         }
         .boxed()
     }
@@ -336,6 +361,25 @@ impl InboxStore for RedbStore {
         self.ask(|answer| Operation::Unschedule { messages, answer })
     }
 
+    fn register(&self, devices: Vec<(String, String)>) -> BoxFuture<'static, Vec<Result<(), RegisterError>>> {
+        let count = devices.len();
+        let (answer, answered) = oneshot::channel();
+        let submitted = self.submit(Operation::Register { devices, answer }, 0);
+        async move {
+            let results = match submitted {
+                Ok(()) => answered.await.map_err(|_| gone()),
+                Err(error) => Err(error),
+            };
+            results.unwrap_or_else(|error| (0..count).map(|_| Err(error.clone().into())).collect())
+        }
+        .boxed()
+    }
+
+    fn forget_devices(&self, now_us: u64, limit: usize) -> BoxFuture<'static, Result<Forgotten, StoreError>> {
+        let anyone = self.run(move |database| devices::anyone_to_forget(database, now_us));
+        self.ask_when(anyone, move |answer| Operation::Forget { now_us, limit, answer })
+    }
+
     fn sweep(&self, now_us: u64, limit: usize) -> BoxFuture<'static, Result<usize, StoreError>> {
         self.ask(|answer| Operation::Sweep { now_us, limit, answer })
     }
@@ -352,8 +396,87 @@ impl InboxStore for RedbStore {
         self.run(move |database| reader::audit(database, &after, limit))
     }
 
+    fn join(
+        &self,
+        channel: String,
+        users: Vec<String>,
+        most: u64,
+    ) -> BoxFuture<'static, Result<Membership, JoinError>> {
+        self.fan_out(0, |answer| fanout::Work::Join { channel, users, most, answer })
+    }
+
+    fn leave(
+        &self,
+        channel: String,
+        users: Vec<String>,
+    ) -> BoxFuture<'static, Result<Membership, StoreError>> {
+        self.fan_out(0, |answer| fanout::Work::Leave { channel, users, answer })
+    }
+
+    fn members(
+        &self,
+        channel: String,
+        after: String,
+        limit: usize,
+    ) -> BoxFuture<'static, Result<Vec<String>, StoreError>> {
+        self.run(move |database| fanout::members(database, &channel, &after, limit))
+    }
+
+    fn publish_durable(
+        &self,
+        publication: Publication,
+    ) -> BoxFuture<'static, Result<Numbered, PublicationError>> {
+        let bytes = prost::Message::encoded_len(&*publication.payload);
+        self.fan_out(bytes, |answer| fanout::Work::Publish { publication, answer })
+    }
+
+    fn claim_publications(
+        &self,
+        now_us: u64,
+        until_us: u64,
+        limit: usize,
+    ) -> BoxFuture<'static, Result<Vec<Turn>, StoreError>> {
+        let anything = self.run(move |database| fanout::anything_waits(database, now_us));
+        self.ask_when(anything, move |answer| {
+            Operation::FanOut(fanout::Work::Claim { now_us, until_us, limit, answer })
+        })
+    }
+
+    fn apply(
+        &self,
+        turn: Turn,
+        until_us: u64,
+        limit: usize,
+    ) -> BoxFuture<'static, Result<Applied, StoreError>> {
+        self.fan_out(0, |answer| fanout::Work::Apply { turn, until_us, limit, answer })
+    }
+
+    fn backlog(&self) -> BoxFuture<'static, Result<Backlog, StoreError>> {
+        self.run(fanout::backlog)
+    }
+
     fn clock(&self) -> SharedClock {
         self.clock.clone()
+    }
+
+    fn receipts(&self, from: LogStart, limit: usize) -> BoxFuture<'static, Result<LogPage, LogError>> {
+        let store_id = self.store_id;
+        let page = self.run(move |database| receipts::read(database, store_id, from, limit));
+        async move { page.await? }.boxed()
+    }
+
+    fn receipts_after(&self, position: LogPosition) -> BoxFuture<'static, ()> {
+        let mut next = self.next_receipt.clone();
+        async move {
+            // A store that is closing says so to whoever reads on.
+            let _closing = next.wait_for(|next| *next > position.at + 1).await;
+        }
+        .boxed()
+    }
+
+    fn deliveries(&self, query: DeliveriesQuery) -> BoxFuture<'static, Result<DeliveriesPage, StoreError>> {
+        let now_us = self.clock.now_us();
+        self.run(move |database| receipts::deliveries(database, &query, now_us))
     }
 }
 

@@ -6,14 +6,15 @@ use redb::{Database, ReadOnlyTable, ReadableDatabase, ReadableTable, ReadableTab
 use sanjay_proto::client::v1::InboxMessage;
 use uuid::Uuid;
 
-use super::tables::{self, BodyExtra, InboxRecord, ReceiptRecord};
-use crate::{
-    message::State,
-    store::{
-        InboxQuery, MAX_PAGE_BYTES, MAX_PAGE_MESSAGES, MAX_READ_BYTES, Page, Receipt, Stats,
-        audit::{self, AuditPage, MAX_AUDITED_BODIES},
-        epoch::epoch,
-    },
+use super::{
+    fanout::PAYLOADS,
+    receipts::receipt,
+    tables::{self, BodyExtra, InboxRecord},
+};
+use crate::store::{
+    InboxQuery, Known, MAX_PAGE_BYTES, MAX_PAGE_MESSAGES, MAX_READ_BYTES, Page, Receipt, Stats,
+    audit::{self, AuditPage, MAX_AUDITED_BODIES},
+    epoch::epoch,
 };
 
 /// Reads parts of inboxes in one snapshot, within [`MAX_READ_BYTES`] together.
@@ -26,6 +27,7 @@ pub(super) fn read(
     let transaction = database.begin_read()?;
     let inboxes = transaction.open_table(tables::INBOXES)?;
     let bodies = transaction.open_table(tables::BODIES)?;
+    let payloads = transaction.open_table(PAYLOADS)?;
     let mut budget = MAX_READ_BYTES;
     queries
         .iter()
@@ -34,7 +36,7 @@ pub(super) fn read(
                 Some(bytes) => tables::decode("inboxes", bytes.value())?,
                 None => InboxRecord { epoch: epoch(store_id, &query.user), ..InboxRecord::default() },
             };
-            read_page(&bodies, &record, query, now_us, &mut budget)
+            read_page(&bodies, &payloads, &record, query, now_us, &mut budget)
         })
         .collect()
 }
@@ -48,20 +50,28 @@ struct Filling<'a> {
     now_us: u64,
     /// Bytes that all pages of the call may still take.
     budget: &'a mut usize,
+    payloads: &'a ReadOnlyTable<u128, &'static [u8]>,
 }
 
 impl Filling<'_> {
     /// Adds a body; false when the page is full.
     fn add(&mut self, body: &[u8], delivery: u32) -> Result<bool, redb::Error> {
-        if tables::decode::<BodyExtra>("bodies", body)?.has_expired(self.now_us) {
+        let extra: BodyExtra = tables::decode("bodies", body)?;
+        if extra.has_expired(self.now_us) {
             return Ok(true);
         }
-        let size = body.len();
+        let shared = !extra.shared.is_empty();
+        let size = body.len() + if shared { extra.payload_bytes as usize } else { 0 };
         let fits = self.bytes == 0 || self.bytes + size <= MAX_PAGE_BYTES;
         if self.page.messages.len() >= self.limit || !fits || size > *self.budget {
             return Ok(false);
         }
-        self.page.messages.push(InboxMessage { delivery, ..tables::decode("bodies", body)? });
+        let mut message = InboxMessage { delivery, ..tables::decode("bodies", body)? };
+        if shared {
+            let id = tables::message_id(&extra.shared)?;
+            message.payload = Some(super::fanout::payload(self.payloads, id)?);
+        }
+        self.page.messages.push(message);
         self.bytes += size;
         *self.budget -= size;
         Ok(true)
@@ -70,24 +80,38 @@ impl Filling<'_> {
 
 fn read_page(
     bodies: &ReadOnlyTable<(&'static str, u64), &'static [u8]>,
+    payloads: &ReadOnlyTable<u128, &'static [u8]>,
     record: &InboxRecord,
     query: &InboxQuery,
     now_us: u64,
     budget: &mut usize,
 ) -> Result<Page, redb::Error> {
-    let attempts = record.attempts()?;
-    let InboxRecord { epoch, mark, head, .. } = *record;
-    let page = Page { epoch, mark, head, ..Page::default() };
+    let (attempts, devices) = (record.attempts()?, record.devices()?);
+    let InboxRecord { epoch, head, .. } = *record;
+    let (mut mark, mut known) = (record.mark, Known::Lately);
+    if let Some(device) = &query.device {
+        (mark, known) = (devices.mark(device, &record.settled()), devices.known(device, now_us));
+        if known == Known::Unknown {
+            let covers = query.after.unwrap_or(mark);
+            return Ok(Page { epoch, mark, head, covers, device: known, ..Page::default() });
+        }
+    }
+    let has_acked = |seq| query.device.as_ref().is_some_and(|device| devices.has_acked(device, seq));
+    let page = Page { epoch, mark, head, device: known, ..Page::default() };
     let limit = if query.only.is_empty() { query.limit.min(MAX_PAGE_MESSAGES) } else { MAX_PAGE_MESSAGES };
-    let mut filling = Filling { page, limit, bytes: 0, now_us, budget };
+    let mut filling = Filling { page, limit, bytes: 0, now_us, budget, payloads };
     let user = query.user.as_str();
     if !query.only.is_empty() {
         for seq in query.only_seqs() {
             let Some(delivery) = attempts.newest(seq) else { continue };
-            let Some(body) = bodies.get((user, seq))? else { continue };
+            let Some(body) = bodies.get((user, seq))?.filter(|_| !has_acked(seq)) else { continue };
             if !filling.add(body.value(), delivery)? {
                 break;
             }
+        }
+        if query.device.is_none() && !devices.is_empty() {
+            let seqs = filling.page.messages.iter().map(|message| message.seq);
+            filling.page.acked_by = seqs.map(|seq| (seq, devices.acked_by(seq))).collect();
         }
         return Ok(filling.page);
     }
@@ -96,7 +120,8 @@ fn read_page(
     let above = after.saturating_add(1).max(mark + 1);
     for entry in bodies.range((user, above)..=(user, u64::MAX))? {
         let (key, body) = entry?;
-        let Some(delivery) = attempts.delivery(key.value().1) else { continue };
+        let seq = key.value().1;
+        let Some(delivery) = attempts.delivery(seq).filter(|_| !has_acked(seq)) else { continue };
         if !filling.add(body.value(), delivery)? {
             filling.page.covers = filling.page.messages.last().map_or(after, |last| last.seq);
             break;
@@ -113,15 +138,7 @@ pub(super) fn lookup(
 ) -> Result<Option<Receipt>, redb::Error> {
     let receipts = database.begin_read()?.open_table(tables::RECEIPTS)?;
     let Some(bytes) = receipts.get((user, message_id.as_u128()))? else { return Ok(None) };
-    let record: ReceiptRecord = tables::decode("receipts", bytes.value())?;
-    let state = State::from_number(record.state)
-        .ok_or_else(|| redb::Error::Corrupted(format!("a receipt has the unknown state {}", record.state)))?;
-    Ok(Some(Receipt {
-        seq: record.seq,
-        state,
-        accepted_us: record.accepted_us,
-        settled_us: record.settled_us,
-    }))
+    receipt(&tables::decode("receipts", bytes.value())?).map(Some)
 }
 
 /// Whether an inbox is due: a look that takes no write transaction.

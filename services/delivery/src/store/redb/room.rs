@@ -8,7 +8,10 @@ use super::{
 };
 use crate::{
     message::State,
-    store::{AppendError, DeadReason, MAX_COLLAPSE_KEYS, NewMessage, Overflow, Quota, Settled, StoreOptions},
+    store::{
+        AppendError, DeadReason, MAX_COLLAPSE_KEYS, NewMessage, Overflow, Quota, Settled, StoreOptions,
+        filling,
+    },
 };
 
 /// How much an inbox may hold, and what happens beyond that.
@@ -52,7 +55,30 @@ fn full(quota: Quota, held: u64) -> AppendError {
     AppendError::QueueFull { quota, held }
 }
 
+impl Quotas {
+    /// Whether an inbox that holds so much is filling: four fifths of what it may hold.
+    fn filling(&self, messages: u64, bytes: u64) -> bool {
+        filling(messages, self.messages) || filling(bytes, self.bytes)
+    }
+}
+
 impl Tables<'_> {
+    /// Notes that a message of `size` bytes, which was just put into an inbox, brought it near its quotas.
+    pub(super) fn note_filling(&mut self, user: &str, size: u64) -> Result<(), redb::Error> {
+        if !self.rules.watched {
+            return Ok(());
+        }
+        let quotas = self.rules.quotas;
+        let record = &self.inbox(user)?.record;
+        let (messages, bytes) = (record.unsettled(), record.bytes);
+        if quotas.filling(messages, bytes)
+            && !quotas.filling(messages.saturating_sub(1), bytes.saturating_sub(size))
+        {
+            self.told.filling.push((user.to_owned(), messages, bytes));
+        }
+        Ok(())
+    }
+
     /// Makes room for a message of `size` bytes: what its collapse key replaces is settled, and where the configuration
     /// says so the oldest messages become dead letters. When there is none, nothing was changed.
     pub(super) fn make_room(

@@ -154,6 +154,7 @@ fn scheduled(user: String, id: u128, record: ScheduledRecord) -> Result<Schedule
         trace,
         expires_us,
         collapse_key,
+        shared: None,
     };
     Ok(Scheduled { message, deliver_us })
 }

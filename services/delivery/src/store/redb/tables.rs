@@ -68,6 +68,14 @@ pub(super) const SCHEDULED_DUE: TableDefinition<'static, (&str, u128), u64> =
 pub(super) const SCHEDULED_AT: TableDefinition<'static, (u64, &str, u128), ()> =
     TableDefinition::new("scheduled_at");
 
+/// Place in the log, from 1 without holes → [`LogRecord`] of a settled message.
+pub(super) const RECEIPT_LOG: TableDefinition<'static, u64, &[u8]> = TableDefinition::new("receipt_log");
+
+/// Key of [`META`]: the place that the next receipt gets. Not there before the first.
+pub(super) const NEXT_RECEIPT: &str = "next_receipt";
+/// (seen_us, user) of every inbox with devices: when the one was last seen that is away for longest.
+pub(super) const SEEN: TableDefinition<'static, (u64, &str), ()> = TableDefinition::new("seen");
+
 /// Creates the tables that a file does not have.
 pub(super) fn create(transaction: &WriteTransaction) -> Result<(), redb::Error> {
     transaction.open_table(META)?;
@@ -87,6 +95,9 @@ pub(super) fn create(transaction: &WriteTransaction) -> Result<(), redb::Error> 
     transaction.open_table(SCHEDULED)?;
     transaction.open_table(SCHEDULED_DUE)?;
     transaction.open_table(SCHEDULED_AT)?;
+    transaction.open_table(RECEIPT_LOG)?;
+    super::fanout::create(transaction)?;
+    transaction.open_table(SEEN)?;
     Ok(())
 }
 
@@ -129,6 +140,12 @@ pub(super) struct InboxRecord {
     /// How many collapse keys have an unsettled message.
     #[prost(uint64, tag = "15")]
     pub(super) collapsing: u64,
+    /// [`crate::store::Devices::encode`].
+    #[prost(bytes = "vec", tag = "16")]
+    pub(super) devices: Vec<u8>,
+    /// When the device was last seen that is away for longest, Unix time in microseconds; 0 without devices.
+    #[prost(uint64, tag = "17")]
+    pub(super) seen_us: u64,
 }
 
 /// What of a message concerns the store alone. Its bytes stand behind those of the `InboxMessage`, whose reader skips
@@ -143,6 +160,10 @@ pub(super) struct BodyExtra {
     /// What it counts for in [`InboxRecord::bytes`]: nothing when an earlier build stored it.
     #[prost(uint64, tag = "1003")]
     pub(super) payload_bytes: u64,
+    /// UUID, 16 bytes, under which its payload is stored beside others' that have the same; empty when it is in the
+    /// message itself.
+    #[prost(bytes = "vec", tag = "1004")]
+    pub(super) shared: Vec<u8>,
 }
 
 impl BodyExtra {
@@ -243,6 +264,21 @@ pub(super) struct ReceiptRecord {
     pub(super) settled_us: u64,
     #[prost(string, tag = "5")]
     pub(super) caller: String,
+    /// [`crate::store::DeadReason::number`]; 0 when it is not dead, or an earlier build let it die.
+    #[prost(int32, tag = "6")]
+    pub(super) reason: i32,
+}
+
+/// A receipt in the log.
+#[derive(Clone, PartialEq, prost::Message)]
+pub(super) struct LogRecord {
+    #[prost(string, tag = "1")]
+    pub(super) user: String,
+    /// UUID, 16 bytes.
+    #[prost(bytes = "vec", tag = "2")]
+    pub(super) message_id: Vec<u8>,
+    #[prost(message, required, tag = "3")]
+    pub(super) receipt: ReceiptRecord,
 }
 
 /// A dead letter without its body.

@@ -27,6 +27,8 @@ use crate::{
     },
 };
 
+mod fanout;
+
 struct Redb {
     directory: TempDir,
     clock: Arc<ManualClock>,
@@ -108,6 +110,16 @@ proptest! {
     }
 }
 
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(96))]
+
+    #[test]
+    fn durable_publications_agree_with_the_model(operations in suite::fanout::operations()) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(suite::fanout::agrees_with_the_model(Redb::new(), operations));
+    }
+}
+
 /// The counters in the file, which the port does not show, add up.
 #[tokio::test]
 async fn counters_add_up() {
@@ -180,6 +192,7 @@ fn delete_what_ends_messages(transaction: &redb::WriteTransaction) {
     transaction.delete_table(tables::SCHEDULED).unwrap();
     transaction.delete_table(tables::SCHEDULED_DUE).unwrap();
     transaction.delete_table(tables::SCHEDULED_AT).unwrap();
+    transaction.delete_table(tables::RECEIPT_LOG).unwrap();
 }
 
 /// Makes of a file one of a build that knew nothing of what ends messages without an ack.

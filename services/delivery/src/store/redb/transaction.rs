@@ -9,14 +9,17 @@ use sanjay_proto::client::v1::InboxMessage;
 use sanjay_runtime::random::SharedRandom;
 
 use super::{
+    devices::fresh,
+    fanout::FanOutTables,
+    receipts::Log,
     room::Quotas,
     tables::{self, BodyExtra, DedupeRecord, InboxRecord, ReceiptRecord},
 };
 use crate::{
     message::State,
     store::{
-        Acked, AppendError, Appended, Attempts, DeadReason, DueInbox, FIRST_DUE, MAX_REPORTED, NewMessage,
-        Rearm, Settle, SettledMessage, due, epoch::epoch,
+        Acked, AppendError, Appended, Attempts, DeadReason, DueInbox, FIRST_DUE, LoggedReceipt, MAX_REPORTED,
+        NewMessage, Rearm, Settle, SettledMessage, due, epoch::epoch,
     },
 };
 
@@ -25,6 +28,8 @@ pub(super) struct Cached {
     pub(super) record: InboxRecord,
     /// What the due table holds for it.
     due_us: u64,
+    /// And the table of when devices were seen.
+    seen_us: u64,
     pub(super) changed: bool,
 }
 
@@ -36,6 +41,8 @@ pub(super) struct Rules {
     pub(super) max_attempts: u32,
     pub(super) now_us: u64,
     pub(super) random: SharedRandom,
+    /// Whether somebody hears of what is settled, and of inboxes that are filling.
+    pub(super) watched: bool,
 }
 
 /// What becomes of messages that are settled.
@@ -90,6 +97,9 @@ pub(super) struct Tables<'txn> {
     pub(super) scheduled: Table<'txn, (&'static str, u128), &'static [u8]>,
     pub(super) scheduled_due: Table<'txn, (&'static str, u128), u64>,
     pub(super) scheduled_at: Table<'txn, (u64, &'static str, u128), ()>,
+    pub(super) log: Log<'txn>,
+    pub(super) fan_out: FanOutTables<'txn>,
+    pub(super) seen: Table<'txn, (u64, &'static str), ()>,
     cache: HashMap<String, Cached>,
     /// How many messages are scheduled, of users of whom that was asked.
     pub(super) waiting: HashMap<String, usize>,
@@ -107,6 +117,14 @@ pub(super) struct Told {
     pub(super) ended: Vec<(String, SettledMessage, State)>,
     /// How many became dead letters, and why.
     pub(super) died: Vec<(DeadReason, usize)>,
+    /// Settled in any way; empty when nobody watches.
+    pub(super) settled: Vec<LoggedReceipt>,
+    /// Inboxes that are filling, with what they hold; likewise.
+    pub(super) filling: Vec<(String, u64, u64)>,
+    /// The place in the log of receipts that the next one gets; `None` when none was added.
+    pub(super) next_receipt: Option<u64>,
+    /// Settled without an ack: whose they were, and their seq.
+    pub(super) gone: Vec<(String, u64)>,
 }
 
 impl<'txn> Tables<'txn> {
@@ -129,6 +147,9 @@ impl<'txn> Tables<'txn> {
             scheduled: txn.open_table(tables::SCHEDULED)?,
             scheduled_due: txn.open_table(tables::SCHEDULED_DUE)?,
             scheduled_at: txn.open_table(tables::SCHEDULED_AT)?,
+            log: Log::open(txn)?,
+            fan_out: FanOutTables::open(txn)?,
+            seen: txn.open_table(tables::SEEN)?,
             cache: HashMap::new(),
             waiting: HashMap::new(),
             rules,
@@ -149,7 +170,16 @@ impl<'txn> Tables<'txn> {
                     self.due.insert((inbox.record.due_us, user.as_str()), ())?;
                 }
             }
+            if inbox.seen_us != inbox.record.seen_us {
+                if inbox.seen_us != 0 {
+                    self.seen.remove((inbox.seen_us, user.as_str()))?;
+                }
+                if inbox.record.seen_us != 0 {
+                    self.seen.insert((inbox.record.seen_us, user.as_str()), ())?;
+                }
+            }
         }
+        self.told.next_receipt = self.log.finish()?;
         Ok((self.must_sync, self.told))
     }
 
@@ -160,7 +190,7 @@ impl<'txn> Tables<'txn> {
                 Some(bytes) => tables::decode("inboxes", bytes.value())?,
                 None => InboxRecord { epoch: epoch(self.rules.store_id, user), ..InboxRecord::default() },
             };
-            let cached = Cached { due_us: record.due_us, record, changed: false };
+            let cached = Cached { due_us: record.due_us, seen_us: record.seen_us, record, changed: false };
             self.cache.insert(user.to_owned(), cached);
         }
         Ok(self.cache.get_mut(user).expect("inserted above"))
@@ -179,7 +209,12 @@ impl<'txn> Tables<'txn> {
         }
         let size = message.payload.encoded_len() as u64;
         if let Err(full) = self.make_room(message, size)? {
-            return Ok(Err(full));
+            if message.shared.is_none() {
+                return Ok(Err(full));
+            }
+            if let Some(appended) = self.append_dead(message, size)? {
+                return Ok(Ok(appended));
+            }
         }
         let due_us = self.rules.now_us + FIRST_DUE.as_micros() as u64;
         let inbox = self.inbox(&message.user)?;
@@ -191,6 +226,7 @@ impl<'txn> Tables<'txn> {
         inbox.record.bytes += size;
         inbox.changed = true;
         let (seq, epoch) = (inbox.record.head, inbox.record.epoch);
+        self.note_filling(&message.user, size)?;
         self.insert_message(message, seq, size)?;
         self.note_keys(message, seq)?;
         if let Some(sha256) = sha256 {
@@ -223,11 +259,17 @@ impl<'txn> Tables<'txn> {
         Ok(())
     }
 
-    fn insert_message(&mut self, message: &NewMessage, seq: u64, size: u64) -> Result<(), redb::Error> {
+    pub(super) fn insert_message(
+        &mut self,
+        message: &NewMessage,
+        seq: u64,
+        size: u64,
+    ) -> Result<(), redb::Error> {
+        let payload = message.shared.is_none().then(|| (*message.payload).clone());
         let body = InboxMessage {
             seq,
             message_id: message.message_id.as_bytes().to_vec().into(),
-            payload: Some((*message.payload).clone()),
+            payload,
             time_us: message.time_us,
             delivery: 1,
             trace: message.trace.clone(),
@@ -237,7 +279,11 @@ impl<'txn> Tables<'txn> {
             expires_us: message.expires_us,
             collapse_key: message.collapse_key.clone(),
             payload_bytes: size,
+            shared: message.shared.map(|id| id.as_bytes().to_vec()).unwrap_or_default(),
         };
+        if let Some(id) = message.shared {
+            self.fan_out.hold(id)?;
+        }
         bytes.extend(extra.encode_to_vec());
         self.bodies.insert((message.user.as_str(), seq), bytes.as_slice())?;
         self.insert_receipt(message, seq, State::Accepted)
@@ -256,6 +302,7 @@ impl<'txn> Tables<'txn> {
             accepted_us: message.time_us,
             settled_us: 0,
             caller: message.caller.clone(),
+            reason: 0,
         };
         let key = (message.user.as_str(), message.message_id.as_u128());
         self.receipts.insert(key, receipt.encode_to_vec().as_slice())?;
@@ -293,23 +340,36 @@ impl<'txn> Tables<'txn> {
             return Ok(Acked { mark: inbox.record.mark, ..Acked::default() });
         }
         let head = inbox.record.head;
+        let by_device = match &settle.device {
+            None => None,
+            Some(device) => match self.ack_by_device(settle, device)? {
+                Some(by_device) => Some(by_device),
+                None => return Ok(Acked { mark: self.inbox(&settle.user)?.record.mark, ..Acked::default() }),
+            },
+        };
+        let inbox = self.inbox(&settle.user)?;
         let written = settle.written.min(head);
-        if written > inbox.record.written {
+        if written > inbox.record.written && by_device.is_none() {
             (inbox.record.written, inbox.changed) = (written, true);
         }
         let attempts = inbox.record.attempts()?;
         let mut settled = inbox.record.settled();
-        // In ascending order, what moves the mark comes before what needs a range of its own.
-        let mut ranges: Vec<_> = settle.ranges.iter().map(|range| (range.from, range.to.min(head))).collect();
-        ranges.sort_unstable();
         let mut acked = Acked::default();
-        let mut fresh = Vec::new();
-        for (from, to) in ranges {
-            match settled.settle(from, to) {
-                Ok(parts) => fresh.extend(parts),
-                Err(_) => acked.refused += 1,
+        let fresh = match &by_device {
+            Some(by_device) => {
+                acked.refused = by_device.refused;
+                fresh(&mut settled, &by_device.ranges).0
             }
-        }
+            None => {
+                let ranges = settle.ranges.iter().map(|range| (range.from, range.to.min(head)));
+                let mut ranges: Vec<_> = ranges.collect();
+                // In ascending order, what moves the mark comes before what needs a range of its own.
+                ranges.sort_unstable();
+                let fresh = fresh(&mut settled, &ranges);
+                acked.refused = fresh.1;
+                fresh.0
+            }
+        };
         let mut ended = Ended { report: Some(&mut acked.messages), ..Ended::new(State::Acked, attempts) };
         for (from, to) in fresh {
             self.remove_bodies(&settle.user, from, to, &mut ended)?;
@@ -323,7 +383,8 @@ impl<'txn> Tables<'txn> {
             self.must_sync = true;
         }
         let attempts = ended.attempts;
-        acked.failed = self.note_attempts(settle, attempts)?;
+        let report = by_device.as_ref().and_then(|by_device| by_device.report.as_ref());
+        acked.failed = self.note_attempts(report.unwrap_or(settle), attempts)?;
         let inbox = self.inbox(&settle.user)?;
         inbox.record.disarm_when_done()?;
         acked.mark = inbox.record.mark;
@@ -344,7 +405,7 @@ impl<'txn> Tables<'txn> {
             let body: InboxMessage = tables::decode("bodies", bytes.value())?;
             removed.push((body, tables::decode::<BodyExtra>("bodies", bytes.value())?));
         }
-        for (body, extra) in removed {
+        for (mut body, extra) in removed {
             let message_id = tables::message_id(&body.message_id)?;
             let key = (user, message_id.as_u128());
             let mut receipt: ReceiptRecord = match self.receipts.get(key)? {
@@ -353,16 +414,27 @@ impl<'txn> Tables<'txn> {
                     ReceiptRecord { seq: body.seq, accepted_us: body.time_us, ..ReceiptRecord::default() }
                 }
             };
-            let dies = ended.attempts.death(body.seq).is_some();
+            let death = ended.attempts.death(body.seq);
+            let dies = death.is_some();
+            if !extra.shared.is_empty() {
+                let shared = tables::message_id(&extra.shared)?;
+                if dies {
+                    body.payload = Some(self.fan_out.payload(shared)?);
+                }
+                self.fan_out.release(shared)?;
+            }
             receipt.state = if dies { State::Dead } else { ended.how }.number();
+            receipt.reason = death.map_or(0, |(reason, _)| reason.number());
             receipt.settled_us = self.rules.now_us;
             self.receipts.insert(key, receipt.encode_to_vec().as_slice())?;
+            self.log_receipt(user, message_id, &receipt)?;
             self.settled_at.insert((self.rules.now_us, user, message_id.as_u128()), ())?;
             ended.bytes += extra.payload_bytes;
             ended.keys += u64::from(self.forget_keys(user, &receipt.caller, body.seq, &extra)?);
             if dies {
                 self.insert_letter(user, &body, &receipt.caller, &ended.attempts)?;
                 ended.dead += 1;
+                self.told.gone.push((user.to_owned(), body.seq));
                 continue;
             }
             ended.count += 1;
@@ -371,7 +443,10 @@ impl<'txn> Tables<'txn> {
             match &mut ended.report {
                 Some(report) if report.len() < MAX_REPORTED => report.push(settled),
                 Some(_) => {}
-                None => self.told.ended.push((user.to_owned(), settled, ended.how)),
+                None => {
+                    self.told.gone.push((user.to_owned(), seq));
+                    self.told.ended.push((user.to_owned(), settled, ended.how));
+                }
             }
         }
         ended.attempts.settle(from, to);
@@ -421,8 +496,9 @@ impl<'txn> Tables<'txn> {
             inbox.changed = true;
             if claim.relay {
                 let (after, retries) = (inbox.record.done(), claim.retries);
-                let InboxRecord { epoch, armed, attempt, .. } = inbox.record;
-                claimed.push(DueInbox { user, epoch, armed, attempt, after, retries });
+                let InboxRecord { epoch, armed, attempt, head, .. } = inbox.record;
+                let missed = inbox.record.devices()?.has_written(head);
+                claimed.push(DueInbox { user, epoch, armed, attempt, after, retries, missed });
             } else {
                 inbox.record.disarm_when_done()?;
             }
@@ -463,6 +539,8 @@ impl<'txn> Tables<'txn> {
             self.receipts.remove((user, message_id))?;
             removed += 1;
         }
+        // As many as there are receipts, so they keep step, and are not counted.
+        self.log.sweep(tables::receipt_cutoff(now_us), limit)?;
         let until = (tables::dedupe_cutoff(now_us), "", "", "");
         for entry in
             self.deduped_at.extract_from_if((0, "", "", "")..until, |_, ()| true)?.take(limit - removed)

@@ -14,10 +14,11 @@ use std::{
 use redb::Durability;
 use sanjay_protocol::ErrorCode;
 use sanjay_runtime::{clock::SharedClock, random::SharedRandom};
-use tokio::sync::{OwnedSemaphorePermit, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, oneshot, watch};
 use uuid::Uuid;
 
 use super::{
+    fanout,
     file::RedbFile,
     room::Quotas,
     transaction::{Rules, Tables, Told},
@@ -26,8 +27,8 @@ use crate::{
     metrics::Metrics,
     spans,
     store::{
-        Acked, AppendError, Appended, CommitSink, DueInbox, Expired, NewMessage, Rearm, Scheduled,
-        ScheduledAt, Settle, StoreError,
+        Acked, AppendError, Appended, CommitSink, DueInbox, Expired, Forgotten, NewMessage, Rearm,
+        RegisterError, Scheduled, ScheduledAt, Settle, StoreError, epoch::epoch,
     },
 };
 
@@ -85,6 +86,15 @@ pub(super) enum Operation {
         messages: Vec<(String, Uuid)>,
         answer: oneshot::Sender<Result<u64, StoreError>>,
     },
+    Register {
+        devices: Vec<(String, String)>,
+        answer: oneshot::Sender<Vec<Result<(), RegisterError>>>,
+    },
+    Forget {
+        now_us: u64,
+        limit: usize,
+        answer: oneshot::Sender<Result<Forgotten, StoreError>>,
+    },
     Sweep {
         now_us: u64,
         limit: usize,
@@ -100,6 +110,7 @@ pub(super) enum Operation {
         letters: Vec<(String, Uuid)>,
         answer: oneshot::Sender<Result<u64, StoreError>>,
     },
+    FanOut(fanout::Work),
 }
 
 /// An operation in the queue, with its share of the queue's bytes.
@@ -118,9 +129,12 @@ enum Outcome {
     Schedule(Vec<Result<ScheduledAt, AppendError>>),
     ClaimScheduled(Vec<Scheduled>),
     Unschedule(u64),
+    Register(Vec<Result<(), RegisterError>>),
+    Forget(Forgotten),
     Sweep(usize),
     Redriven(bool),
     Purge(u64),
+    FanOut(fanout::Done),
     Done,
 }
 
@@ -144,11 +158,14 @@ impl Operation {
             Operation::Claim { limit, .. }
             | Operation::Expire { limit, .. }
             | Operation::ClaimScheduled { limit, .. }
+            | Operation::Forget { limit, .. }
             | Operation::Sweep { limit, .. } => *limit,
             Operation::Schedule { messages, .. } => messages.len(),
             Operation::Unschedule { messages, .. } => messages.len(),
+            Operation::Register { devices, .. } => devices.len(),
             Operation::Redriven { .. } => 1,
             Operation::Purge { letters, .. } => letters.len(),
+            Operation::FanOut(work) => work.items(),
         }
     }
 
@@ -187,11 +204,21 @@ impl Operation {
                 Outcome::ClaimScheduled(tables.claim_scheduled(*now_us, *until_us, *limit)?)
             }
             Operation::Unschedule { messages, .. } => Outcome::Unschedule(tables.unschedule(messages)?),
+            Operation::Register { devices, .. } => Outcome::Register(
+                devices
+                    .iter()
+                    .map(|(user, device)| tables.register(user, device))
+                    .collect::<Result<_, _>>()?,
+            ),
+            Operation::Forget { now_us, limit, .. } => {
+                Outcome::Forget(tables.forget_devices(*now_us, *limit)?)
+            }
             Operation::Sweep { now_us, limit, .. } => Outcome::Sweep(tables.sweep(*now_us, *limit)?),
             Operation::Redriven { user, message_id, sent_as, .. } => {
                 Outcome::Redriven(tables.redriven(user, *message_id, *sent_as)?)
             }
             Operation::Purge { letters, .. } => Outcome::Purge(tables.purge(letters)?),
+            Operation::FanOut(work) => Outcome::FanOut(work.apply(tables)?),
         })
     }
 
@@ -210,9 +237,14 @@ impl Operation {
             (Operation::Unschedule { answer, .. }, Outcome::Unschedule(count)) => {
                 drop(answer.send(Ok(count)));
             }
+            (Operation::Register { answer, .. }, Outcome::Register(results)) => drop(answer.send(results)),
+            (Operation::Forget { answer, .. }, Outcome::Forget(forgotten)) => {
+                drop(answer.send(Ok(forgotten)));
+            }
             (Operation::Sweep { answer, .. }, Outcome::Sweep(removed)) => drop(answer.send(Ok(removed))),
             (Operation::Redriven { answer, .. }, Outcome::Redriven(found)) => drop(answer.send(Ok(found))),
             (Operation::Purge { answer, .. }, Outcome::Purge(purged)) => drop(answer.send(Ok(purged))),
+            (Operation::FanOut(work), Outcome::FanOut(done)) => work.answer(done),
             _ => {}
         }
     }
@@ -233,9 +265,15 @@ impl Operation {
             Operation::Unschedule { answer, .. } => drop(answer.send(Err(error.clone()))),
             Operation::Claim { answer, .. } => drop(answer.send(Err(error.clone()))),
             Operation::Rearm { answer, .. } => drop(answer.send(Err(error.clone()))),
+            Operation::Register { devices, answer } => {
+                let failed = devices.iter().map(|_| Err(error.clone().into()));
+                drop(answer.send(failed.collect()));
+            }
+            Operation::Forget { answer, .. } => drop(answer.send(Err(error.clone()))),
             Operation::Sweep { answer, .. } => drop(answer.send(Err(error.clone()))),
             Operation::Redriven { answer, .. } => drop(answer.send(Err(error.clone()))),
             Operation::Purge { answer, .. } => drop(answer.send(Err(error.clone()))),
+            Operation::FanOut(work) => work.fail(error),
             Operation::Arm { .. } => {}
         }
     }
@@ -256,6 +294,8 @@ pub(super) struct Writer {
     pub(super) on_commit: Arc<dyn CommitSink>,
     /// Commits since the last one that was synced.
     pub(super) unsynced: Cell<u32>,
+    /// The place in the log of receipts that the next one gets, for those who wait for one.
+    pub(super) next_receipt: watch::Sender<u64>,
 }
 
 impl Writer {
@@ -288,6 +328,16 @@ impl Writer {
                     for (reason, count) in told.died {
                         self.on_commit.died(reason, count);
                     }
+                    told.settled.iter().for_each(|receipt| self.on_commit.settled(receipt));
+                    for (user, messages, bytes) in &told.filling {
+                        self.on_commit.filling(user, *messages, *bytes);
+                    }
+                    if let Some(next) = told.next_receipt {
+                        self.next_receipt.send_replace(next);
+                    }
+                    for (user, seq) in told.gone {
+                        self.on_commit.gone(&user, epoch(self.store_id, &user), &[seq]);
+                    }
                     for (queued, outcome) in batch.into_iter().zip(outcomes) {
                         queued.operation.answer(outcome);
                     }
@@ -305,6 +355,9 @@ impl Writer {
 
     /// Tells the sink of new messages.
     fn tell(&self, operation: &Operation, outcome: &Outcome) {
+        if let Outcome::FanOut(done) = outcome {
+            done.appended().for_each(|(message, appended)| self.on_commit.committed(message, appended));
+        }
         let (Operation::Append { messages, .. }, Outcome::Append(results)) = (operation, outcome) else {
             return;
         };
@@ -369,6 +422,7 @@ impl Writer {
             max_attempts: self.max_attempts,
             now_us: self.clock.now_us(),
             random: self.random.clone(),
+            watched: self.on_commit.watches(),
         };
         let mut tables = Tables::open(&transaction, rules)?;
         let mut outcomes = Vec::with_capacity(batch.len());

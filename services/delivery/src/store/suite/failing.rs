@@ -1,5 +1,7 @@
 //! What every adapter must do with messages that fail: fixed cases.
 
+use sanjay_runtime::SharedRandom;
+
 use super::*;
 use crate::store::{Failure, FailureKind, Verdict};
 

@@ -1,13 +1,17 @@
 //! Random operations on a store, beside a model of what it should be.
 
 mod checks;
+mod devices;
 mod inbox;
+mod log;
 mod operations;
 mod scheduled;
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use inbox::{First, Kept, ModelInbox, body};
+use log::LogModel;
+pub(crate) use log::read_log;
 use operations::{End, Failing, Item, Operation};
 pub(crate) use operations::{Plan, operations};
 use scheduled::Waiting;
@@ -35,6 +39,7 @@ struct Pair<H> {
     changed: Vec<(u8, Uuid)>,
     /// Users whose inboxes may have expired, replaced or killed something in the last operation.
     busy: BTreeSet<u8>,
+    log: LogModel,
     next_id: u128,
 }
 
@@ -68,13 +73,17 @@ pub(crate) async fn agrees_with_the_model<H: Harness>(mut harness: H, plan: Plan
         ended: Vec::new(),
         changed: Vec::new(),
         busy: BTreeSet::new(),
+        log: LogModel::default(),
         next_id: 0,
     };
     for operation in plan.operations {
         pair.apply(operation).await;
         pair.audit().await;
+        pair.audit_log().await;
     }
     pair.look_all_up().await;
+    pair.audit_whole_log().await;
+    pair.audit_deliveries().await;
 }
 
 impl<H: Harness> Pair<H> {
@@ -102,6 +111,14 @@ impl<H: Harness> Pair<H> {
             Operation::Schedule(items) => self.schedule(items).await,
             Operation::ClaimScheduled(limit, finish) => self.claim_scheduled(limit, finish).await,
             Operation::Unschedule(place) => self.unschedule(place).await,
+            Operation::DeviceReads(user, device, after) => self.device_reads(user, device, after).await,
+            Operation::DeviceAcks(user, device, range, written, fails) => {
+                self.device_acks(user, device, range, written, fails).await;
+            }
+            Operation::ForgetDevices(days, limit) => {
+                self.harness.clock().advance(Duration::from_secs(days * 86_400));
+                self.forget_devices(limit).await;
+            }
             Operation::Advance(seconds) => self.harness.clock().advance(Duration::from_secs(seconds)),
             Operation::Sweep => {
                 self.store().sweep(self.harness.clock().now_us(), 3).await.unwrap();
@@ -110,6 +127,7 @@ impl<H: Harness> Pair<H> {
                 self.store = None;
                 self.store = Some(self.harness.reopen().await);
                 self.look_all_up().await;
+                self.audit_deliveries().await;
             }
         }
         for user in std::mem::take(&mut self.busy) {
@@ -363,6 +381,7 @@ impl<H: Harness> Pair<H> {
             assert!(claim.relay);
             assert_eq!(inbox.retries, claim.retries);
             assert_eq!(inbox.after, model.written.max(model.mark()));
+            assert_eq!(inbox.missed, model.missed());
             expected.remove(&inbox.user);
             model.held_us = if matches!(end, End::Crash) { until_us } else { 0 };
             let next = match end {

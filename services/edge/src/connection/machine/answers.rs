@@ -1,7 +1,10 @@
 //! What a client answers to inbox messages: `ack`, `nak`, `term`, `working`, or nothing in time.
 
 use sanjay_proto::edge::v1::FailureKind;
-use sanjay_protocol::command::{Ack, Nak, Term, Working};
+use sanjay_protocol::{
+    command::{Ack, Nak, Term, Working},
+    event::Settled,
+};
 use sanjay_runtime::trace::{TRACEPARENT_LEN, is_sampled};
 
 use super::*;
@@ -100,6 +103,24 @@ impl Machine {
             Ok(()) => reply(id, Ok(Event::Ok(Empty {})), effects),
             Err(stale) => refuse(id.map(Some), explain(stale, seq, delivery), effects),
         }
+    }
+
+    /// Messages were settled elsewhere: the client hears of those that it has and has not answered.
+    pub(super) fn on_settled(
+        &mut self,
+        epoch: u64,
+        ranges: &[(u64, u64)],
+        around: &dyn Surroundings,
+        effects: &mut Vec<Effect>,
+    ) {
+        let mut told = Vec::new();
+        let mut forward = Vec::new();
+        self.with_inbox(around, &mut forward, |cursor, steps| told = cursor.on_settled(epoch, ranges, steps));
+        if !told.is_empty() {
+            let settled = Settled { epoch: format!("{epoch:016x}"), ranges: told };
+            send(None, Event::Settled(settled), effects);
+        }
+        effects.append(&mut forward);
     }
 
     /// What a client that was alive then should have answered has failed.

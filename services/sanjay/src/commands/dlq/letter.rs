@@ -1,9 +1,12 @@
 //! How dead letters are printed: as lines of JSON, as rows, and one in full.
 
-use sanjay_client::{DeadLetter, DeadReason, DeliveryFailure, protocol::Payload};
+use sanjay_client::{DeadLetter, DeliveryFailure, protocol::Payload};
 use serde::Serialize;
 
-use crate::commands::when::readable;
+use crate::commands::{
+    receipts::{clean, reason_name},
+    when::readable,
+};
 
 /// The header above [`row`]s.
 pub(super) const HEADER: &str =
@@ -106,12 +109,9 @@ pub(super) fn full(letter: &DeadLetter) -> anyhow::Result<Vec<String>> {
 }
 
 fn reason(letter: &DeadLetter) -> &'static str {
-    match letter.reason() {
-        DeadReason::MaxAttempts => "max_attempts",
-        DeadReason::Terminated => "terminated",
-        DeadReason::QueueFull => "queue_full",
-        DeadReason::Expired => "expired",
-        DeadReason::Unspecified => "unknown",
+    match reason_name(letter.reason()) {
+        "" => "unknown",
+        name => name,
     }
 }
 
@@ -120,13 +120,9 @@ fn payload(letter: &DeadLetter) -> anyhow::Result<Option<Payload>> {
     Ok(payload.transpose()?)
 }
 
-/// What clients and back ends wrote must not reach the terminal with control characters.
-fn clean(text: &str) -> String {
-    text.chars().filter(|c| !c.is_control()).collect()
-}
-
 #[cfg(test)]
 mod tests {
+    use sanjay_client::DeadReason;
     use sanjay_proto::client::v1;
 
     use super::*;

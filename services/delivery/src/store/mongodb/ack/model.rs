@@ -9,8 +9,10 @@ use super::{
     super::{
         documents::{self, ReceiptDoc, SettlerDoc, binary, bson},
         inbox::Inbox,
+        payloads,
         plan::Rules,
         rearm::{unless_attempts_changed, update_of_fields},
+        receipts::in_time,
     },
     Plan,
 };
@@ -19,9 +21,18 @@ use crate::{message::State, store::StoreError};
 pub(super) fn model(
     rules: &Rules<'_>,
     user: &str,
-    plan: &Plan,
+    plan: &mut Plan,
     inbox: &Inbox,
-) -> Result<WriteModel, StoreError> {
+) -> Result<(WriteModel, Option<u64>), StoreError> {
+    if !inbox.exists && !plan.devices.is_empty() {
+        return Ok((beginning(rules, user, plan, inbox)?, None));
+    }
+    let receipts = receipts(rules, plan, inbox);
+    if rules.watched {
+        plan.logged = receipts.iter().map(|receipt| receipt.logged(user)).collect::<Result<_, _>>()?;
+    }
+    let plan = &*plan;
+    let mut until_us = None;
     let mut filter = doc! { "_id": user, "epoch": inbox.epoch.cast_signed() };
     let mut update = doc! { "$max": { "written": plan.written.cast_signed() } };
     let (mut set, mut unset) = (Document::new(), Document::new());
@@ -34,7 +45,10 @@ pub(super) fn model(
     if plan.count() > 0 {
         set.insert("mark", plan.settled.mark().cast_signed());
         set.insert("settled", documents::ranges(&plan.settled));
-        update.insert("$push", doc! { "receipts": { "$each": receipts(rules, plan, inbox)? } });
+        let log: Vec<String> = receipts.iter().map(ReceiptDoc::entry).collect();
+        let receipts: Vec<Bson> = receipts.iter().map(bson).collect::<Result<_, _>>()?;
+        update.insert("$push", doc! { "receipts": { "$each": receipts }, "log": { "$each": log } });
+        until_us = in_time(rules, &mut filter);
         let pull = pull(plan, inbox);
         if !pull.is_empty() {
             update.insert("$pull", pull);
@@ -46,9 +60,37 @@ pub(super) fn model(
         true => drop(unset.insert("attempts", "")),
         false => drop(set.insert("attempts", binary(plan.attempts.encode()))),
     }
+    devices(plan, inbox, &mut set, &mut unset);
     due(plan, inbox, &mut filter, &mut set, &mut unset, &mut update);
     update.extend(update_of_fields(set, unset));
-    Ok(rules.database.update(filter, update, false))
+    Ok((rules.database.update(filter, update, false), until_us))
+}
+
+/// The write that makes an inbox for its first device.
+fn beginning(rules: &Rules<'_>, user: &str, plan: &Plan, inbox: &Inbox) -> Result<WriteModel, StoreError> {
+    // It matches no inbox that there is.
+    let filter = doc! { "_id": user, "epoch": { "$exists": false } };
+    let mut new = documents::new_inbox(user, inbox.epoch);
+    let settler = SettlerDoc { w: rules.database.node.to_string(), b: rules.batch };
+    new.extend(doc! {
+        "seq": 0_i64, "armed": 0_i64, "attempt": 0_i64, "settles": inbox.settles + 1, "settler": bson(&settler)?,
+    });
+    devices(plan, inbox, &mut new, &mut Document::new());
+    Ok(rules.database.update(filter, doc! { "$setOnInsert": new }, true))
+}
+
+/// Its devices, when they changed.
+fn devices(plan: &Plan, inbox: &Inbox, set: &mut Document, unset: &mut Document) {
+    if plan.devices == inbox.devices {
+        return;
+    }
+    match plan.devices.longest_unseen_us() {
+        Some(seen_us) => {
+            set.insert("devices", binary(plan.devices.encode()));
+            set.insert("seen", seen_us.cast_signed());
+        }
+        None => unset.extend(doc! { "devices": "", "seen": "" }),
+    }
 }
 
 /// When the inbox is due after this.
@@ -134,6 +176,10 @@ fn pull(plan: &Plan, inbox: &Inbox) -> Document {
     if let Some(bodies) = bodies(plan, inbox) {
         pull.insert("messages", doc! { "n": bodies });
     }
+    let shared = payloads::ids(plan.leaving().filter_map(|seq| inbox.message(seq)?.shared));
+    if !shared.is_empty() {
+        pull.insert("shared", doc! { "$in": shared });
+    }
     if !inbox.collapse.is_empty() && !plan.empties(inbox) {
         let settled = |seq: &i64| plan.settled.holds(seq.cast_unsigned());
         let seqs: Vec<i64> = inbox.collapse.iter().map(|entry| entry.n).filter(settled).collect();
@@ -156,12 +202,15 @@ fn bodies(plan: &Plan, inbox: &Inbox) -> Option<Bson> {
     }
 }
 
-fn receipts<'a>(rules: &Rules<'_>, plan: &'a Plan, inbox: &Inbox) -> Result<Vec<Bson>, StoreError> {
+fn receipts<'a>(rules: &Rules<'_>, plan: &'a Plan, inbox: &Inbox) -> Vec<ReceiptDoc> {
     let in_state = |seqs: &'a [u64], state: State| seqs.iter().map(move |seq| (seq, state));
     let ends = in_state(&plan.fresh, State::Acked)
         .chain(in_state(&plan.expired, State::Expired))
         .chain(in_state(&plan.dead, State::Dead));
-    let known =
-        ends.filter_map(|(seq, state)| Some(ReceiptDoc::new(inbox.message(*seq)?, state, rules.now_us)));
-    known.map(|receipt| bson(&receipt)).collect()
+    let known = ends.filter_map(|(seq, state)| {
+        let receipt = ReceiptDoc::new(inbox.message(*seq)?, state, rules.now_us);
+        let death = inbox.attempts.death(*seq).filter(|_| state == State::Dead);
+        Some(ReceiptDoc { r: death.map(|(reason, _)| reason.number()), ..receipt })
+    });
+    known.collect()
 }

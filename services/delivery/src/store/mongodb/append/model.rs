@@ -7,9 +7,10 @@ use mongodb::{
 
 use super::{
     super::{
-        documents::{self, MessageDoc, ReceiptDoc, WriterDoc, binary, bson},
+        documents::{self, MessageDoc, ReceiptDoc, WriterDoc, binary, bson, id},
         inbox::Inbox,
         plan::Rules,
+        receipts::in_time,
         work::Append,
     },
     Run, key_doc,
@@ -31,6 +32,8 @@ struct Parts {
     messages: Vec<Bson>,
     keys: Vec<Bson>,
     collapse: Vec<Bson>,
+    /// Publications whose payloads they share.
+    shared: Vec<Bson>,
     /// When the first of its messages expires.
     expires: Option<i64>,
     writer: Bson,
@@ -45,7 +48,7 @@ pub(super) fn model<'a>(
     appends: impl Iterator<Item = &'a Append>,
     run: &Run,
     inbox: &Inbox,
-) -> Result<WriteModel, StoreError> {
+) -> Result<(WriteModel, Option<u64>), StoreError> {
     let parts = parts(rules, appends, run, inbox)?;
     let mut filter = doc! { "_id": user, "seq": inbox.head.cast_signed() };
     if let Some(plans) = run.plans {
@@ -57,11 +60,12 @@ pub(super) fn model<'a>(
     match &run.ending {
         Some(ending) if !ending.superseded.is_empty() => {
             let update = replacing(rules, parts, run, ending, inbox)?;
-            Ok(rules.database.update(filter, update, false))
+            let until_us = in_time(rules, &mut filter);
+            Ok((rules.database.update(filter, update, false), until_us))
         }
         ending => {
             let update = adding(rules, user, parts, run, ending.as_deref(), inbox);
-            Ok(rules.database.update(filter, update, !inbox.exists))
+            Ok((rules.database.update(filter, update, !inbox.exists), None))
         }
     }
 }
@@ -73,8 +77,10 @@ fn parts<'a>(
     inbox: &Inbox,
 ) -> Result<Parts, StoreError> {
     let (mut messages, mut keys, mut expires_us) = (Vec::with_capacity(run.count), Vec::new(), None);
+    let mut shared = Vec::new();
     for (append, seq) in appends.zip(run.first..) {
         messages.push(bson(&MessageDoc::new(&append.message, seq))?);
+        shared.extend(append.message.shared.map(|publication| Bson::from(id(publication))));
         if let Some(key) = key_doc(append, seq) {
             keys.push(bson(&key)?);
         }
@@ -84,6 +90,7 @@ fn parts<'a>(
         messages,
         keys,
         collapse: run.collapse.iter().map(bson).collect::<Result<_, _>>()?,
+        shared,
         expires: expires_us.map(|us| i64::try_from(us).unwrap_or(i64::MAX)),
         writer: bson(&WriterDoc { b: rules.batch, t: rules.now_us.cast_signed() })?,
         bytes: run.held_bytes.saturating_sub(inbox.held_bytes),
@@ -106,7 +113,7 @@ fn adding(
     let mut increments = doc! { "armed": 1_i64, "bytes": parts.bytes };
     let mut least = doc! { "due": parts.due };
     let mut push = doc! { "messages": { "$each": parts.messages } };
-    for (name, items) in [("keys", parts.keys), ("collapse", parts.collapse)] {
+    for (name, items) in [("keys", parts.keys), ("collapse", parts.collapse), ("shared", parts.shared)] {
         if !items.is_empty() {
             push.insert(name, doc! { "$each": items });
         }
@@ -120,7 +127,12 @@ fn adding(
     }
     let mut update = doc! { "$set": set, "$inc": increments, "$min": least, "$push": push };
     if !inbox.exists {
-        update.insert("$setOnInsert", documents::new_inbox(user, inbox.epoch));
+        let mut new = documents::new_inbox(user, inbox.epoch);
+        if ending.is_some() {
+            // It counts itself.
+            new.remove("settles");
+        }
+        update.insert("$setOnInsert", new);
     }
     let idle = idle_writers(rules, inbox);
     if !idle.is_empty() {
@@ -152,6 +164,9 @@ fn replacing(
         collapse.push(bson(entry)?);
     }
     collapse.extend(parts.collapse);
+    let receipts = receipts(rules, ending);
+    let log = receipts.iter().map(|receipt| receipt.entry().into()).collect();
+    let receipts = receipts.iter().map(bson).collect::<Result<_, _>>()?;
     let mut set = doc! {
         "seq": inbox.head.cast_signed() + run.count as i64,
         "attempt": 0_i64,
@@ -164,7 +179,8 @@ fn replacing(
         "settles": inbox.settles + 1,
         "mark": ending.settled.mark().cast_signed(),
         "settled": literal(documents::ranges(&ending.settled).into()),
-        "receipts": append("receipts", receipts(rules, ending)?),
+        "receipts": append("receipts", receipts),
+        "log": append("log", log),
         "superseded": add("superseded", replaced.len() as i64),
     };
     if !parts.keys.is_empty() {
@@ -172,6 +188,14 @@ fn replacing(
     }
     if let Some(expires) = parts.expires {
         set.insert("expires", doc! { "$min": ["$expires", expires] });
+    }
+    let gone: Vec<Bson> =
+        ending.superseded.iter().filter_map(|(_, open)| open.as_ref()?.shared).map(Bson::from).collect();
+    if !gone.is_empty() || !parts.shared.is_empty() {
+        let stay = doc! { "$not": [{ "$in": ["$$shared", literal(gone.into())] }] };
+        let before = doc! { "$ifNull": ["$shared", []] };
+        let others = doc! { "$filter": { "input": before, "as": "shared", "cond": stay } };
+        set.insert("shared", doc! { "$concatArrays": [others, literal(parts.shared.into())] });
     }
     let mut unset = idle_writers(rules, inbox);
     if ending.attempts.is_empty() {
@@ -190,9 +214,9 @@ fn attempts(ending: &Ending) -> Binary {
     binary(ending.attempts.encode())
 }
 
-fn receipts(rules: &Rules<'_>, ending: &Ending) -> Result<Vec<Bson>, StoreError> {
+fn receipts(rules: &Rules<'_>, ending: &Ending) -> Vec<ReceiptDoc> {
     let known = ending.superseded.iter().filter_map(|(_, open)| open.as_ref());
-    known.map(|open| bson(&ReceiptDoc::new(open, State::Superseded, rules.now_us))).collect()
+    known.map(|open| ReceiptDoc::new(open, State::Superseded, rules.now_us)).collect()
 }
 
 /// The fields of writers that wrote long ago, when there are many.

@@ -7,7 +7,7 @@ use super::super::{
     reader::unsettled,
     work::Append,
 };
-use crate::store::{AppendError, Attempts, DeadReason, MAX_COLLAPSE_KEYS, Overflow, Quota, Settled};
+use crate::store::{AppendError, Attempts, DeadReason, MAX_COLLAPSE_KEYS, Overflow, Quota, Settled, filling};
 
 /// How many bodies beside the inbox are looked at together when the oldest are to go.
 const LOOK_AHEAD: u64 = 64;
@@ -47,6 +47,8 @@ pub(super) struct Draft<'a> {
     /// Of the messages in it that have a collapse key.
     pub(super) collapse: Vec<CollapseDoc>,
     pub(super) ending: Option<Box<Ending>>,
+    /// Seqs of members' messages that die in it for lack of room.
+    pub(super) refused: Vec<u64>,
 }
 
 /// Whether a message fits into a run.
@@ -77,7 +79,18 @@ impl<'a> Draft<'a> {
         let held = inbox.held();
         // An earlier build may have left another number.
         let held_bytes = if held == 0 { 0 } else { inbox.held_bytes };
-        Self { inbox, held, held_bytes, collapse: Vec::new(), ending: None }
+        Self { inbox, held, held_bytes, collapse: Vec::new(), ending: None, refused: Vec::new() }
+    }
+
+    /// Whether it brings the inbox near its quotas.
+    pub(super) fn is_filling(&self, rules: &Rules<'_>) -> bool {
+        let bytes = self.held_bytes.max(0).cast_unsigned();
+        filling(self.held, rules.max_unsettled) || filling(bytes, rules.max_unsettled_bytes)
+    }
+
+    /// What the inbox holds with it, messages and bytes.
+    pub(super) fn filling(&self) -> Option<(u64, u64)> {
+        Some((self.held, self.held_bytes.max(0).cast_unsigned()))
     }
 
     /// Puts a message at `seq`, the next of the run, when it fits.
@@ -95,8 +108,21 @@ impl<'a> Draft<'a> {
             None => Ok(()),
         };
         let size = append.bytes();
-        if let Err(fit) = replaced.and_then(|()| trial.make_room(rules, size)) {
-            return fit;
+        match replaced.and_then(|()| trial.make_room(rules, size)) {
+            Ok(()) => {}
+            Err(Fit::Refused(_)) if append.message.shared.is_some() => {
+                trial.ending = None;
+                if trial.ending().attempts.kill(seq, DeadReason::QueueFull, rules.now_us) {
+                    trial.ending().killed += 1;
+                    // What is dying does not count.
+                    self.ending = trial.ending;
+                    self.refused.push(seq);
+                    return Fit::In;
+                }
+                // With too many that failed already, it stays beyond the quota.
+                (trial.held, trial.held_bytes, trial.ending) = (self.held, self.held_bytes, None);
+            }
+            Err(fit) => return fit,
         }
         let Trial { held, held_bytes, ending, .. } = trial;
         (self.held, self.held_bytes) = (held + 1, held_bytes.saturating_add_unsigned(size));

@@ -43,7 +43,9 @@ impl Lane {
         if users.is_empty() {
             return Ok(());
         }
-        let projection = doc! { "messages.p": 0, "receipts.s": 0, "receipts.a": 0, "receipts.t": 0 };
+        let projection = doc! {
+            "messages.p": 0, "receipts.s": 0, "receipts.a": 0, "receipts.t": 0, "receipts.c": 0, "log": 0,
+        };
         let found: Vec<InboxDoc> =
             self.database.find_inboxes(StoreOperation::ReadState, users, projection).await?;
         let mut found: HashMap<String, InboxDoc> =

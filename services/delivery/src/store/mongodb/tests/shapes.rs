@@ -15,10 +15,10 @@ use tokio::{
 
 use super::*;
 use crate::store::{
-    DeadReason, FIRST_DUE, FailureKind, Next,
+    DeadReason, DeliveriesQuery, FIRST_DUE, FailureKind, LogStart, Next,
     suite::{
         failing::{NAK, failure},
-        query, read_all, settle,
+        query, read_all, read_log, settle,
     },
 };
 
@@ -158,7 +158,7 @@ fn names_users(collection: &str, filter: &Document) -> bool {
 }
 
 /// The collection and the filter of each read and write in a command.
-fn parts(name: &str, command: &Document) -> Vec<(String, Document)> {
+pub(super) fn parts(name: &str, command: &Document) -> Vec<(String, Document)> {
     let target = command.get_str(name).unwrap_or_default().to_owned();
     match name {
         "find" => vec![(target, command.get_document("filter").unwrap().clone())],
@@ -209,7 +209,7 @@ async fn hot_commands_name_the_user() {
             }
             to_heard.lock().insert(format!("{} {collection}", started.command_name));
             // The scans for what is due ask every shard.
-            let scans = ["due", "expires", "e"].iter().any(|field| filter.contains_key(field));
+            let scans = ["due", "expires", "e", "log"].iter().any(|field| filter.contains_key(field));
             if !names_users(&collection, &filter) && !scans {
                 to_strays.lock().push((collection, filter));
             }
@@ -231,6 +231,10 @@ async fn hot_commands_name_the_user() {
     store.rearm(vec![Rearm { user: claimed.user, armed: claimed.armed, next: Next::Parked }]).await.unwrap();
     fail_and_look(&case, &store, epoch).await;
     schedule_and_expire(&case, &store).await;
+    case.clock.advance(Duration::from_micros(1));
+    assert_eq!(read_log(&store, LogStart::Oldest, 100).await.0.len(), 10);
+    let listed = DeliveriesQuery { user: "bob".into(), limit: 100, ..DeliveriesQuery::default() };
+    assert_eq!(store.deliveries(listed).await.unwrap().deliveries.len(), 14);
     assert_eq!(*strays.lock(), []);
     let names = ["beside", "dead", "inbox", "scheduled"];
     let both = names.map(|name| [format!("bulkWrite {name}"), format!("find {name}")]);
@@ -384,6 +388,11 @@ async fn hot_queries_use_an_index() {
         ("scheduled", due::due_filter("due", u64::MAX / 4, 0, 1 << 31), doc! { "due": 1 }),
         ("scheduled", super::super::scheduled::one(users[0], Uuid::nil()), doc! {}),
         ("scheduled", doc! { "u": { "$in": users.to_vec() } }, doc! {}),
+        ("scheduled", doc! { "u": users[0] }, doc! {}),
+        ("inbox", super::super::receipts::between((0, Uuid::nil()), (u64::MAX, Uuid::max())), doc! {}),
+        ("beside", super::super::receipts::between((0, Uuid::nil()), (u64::MAX, Uuid::max())), doc! {}),
+        ("beside", deliveries::of("b", users[0]), doc! { "_id": 1 }),
+        ("beside", deliveries::of("r", users[0]), doc! { "_id": 1 }),
         ("inbox", due::due_filter("due", u64::MAX / 4, 1 << 29, 1 << 30), doc! { "due": 1 }),
     ];
     let database = collection.client().database(&case.location.name);

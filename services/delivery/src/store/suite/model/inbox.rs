@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 
-use super::{super::*, operations::Item};
+use super::{super::*, devices::ModelDevice, operations::Item};
 
 /// A message that was accepted.
 #[derive(Debug, Clone)]
@@ -46,6 +46,9 @@ pub(super) struct ModelInbox {
     pub(super) written: u64,
     /// (caller, key) → its first use.
     pub(super) keys: HashMap<(u8, u8), First>,
+    /// In the order in which they were registered; and whether there ever was one.
+    pub(super) devices: Vec<ModelDevice>,
+    pub(super) met: bool,
 }
 
 /// The payload that a number stands for: the larger, the longer.

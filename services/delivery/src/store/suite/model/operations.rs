@@ -35,6 +35,12 @@ pub(super) enum Operation {
     ClaimScheduled(usize, Finish),
     /// Forgets a scheduled message, told by its place among all.
     Unschedule(usize),
+    /// User, device, from where.
+    DeviceReads(u8, u8, Option<u64>),
+    /// User, device, a range that it acks, written, and what fails.
+    DeviceAcks(u8, u8, (u64, u64), u64, u64),
+    /// After so many days, so many inboxes at a time.
+    ForgetDevices(u64, usize),
     Advance(u64),
     Sweep,
     Reopen,
@@ -139,6 +145,12 @@ fn operation() -> impl Strategy<Value = Operation> {
             .prop_map(Operation::Schedule),
         3 => (1..6_usize, finish()).prop_map(|(limit, finish)| Operation::ClaimScheduled(limit, finish)),
         1 => any::<usize>().prop_map(Operation::Unschedule),
+        3 => (0..3u8, 0..3u8, prop::option::of(0..40u64))
+            .prop_map(|(user, device, after)| Operation::DeviceReads(user, device, after)),
+        5 => (0..3u8, 0..3u8, (1..24u64, 0..6u64), 0..24u64, 1..24u64).prop_map(
+            |(user, device, range, written, fails)| Operation::DeviceAcks(user, device, range, written, fails)
+        ),
+        1 => (0..32u64, 1..4usize).prop_map(|(days, limit)| Operation::ForgetDevices(days, limit)),
         2 => (0..200_000u64).prop_map(Operation::Advance),
         3 => (0..5u64).prop_map(Operation::Advance),
         1 => Just(Operation::Sweep),

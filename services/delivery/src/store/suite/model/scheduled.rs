@@ -14,6 +14,12 @@ pub(super) struct Waiting {
     pub(super) appended: bool,
 }
 
+impl Waiting {
+    pub(super) fn deliver_us(&self) -> u64 {
+        self.deliver_us
+    }
+}
+
 impl<H: Harness> Pair<H> {
     pub(super) async fn schedule(&mut self, items: Vec<(Item, u64)>) {
         let now_us = self.harness.clock().now_us();

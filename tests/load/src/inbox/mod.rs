@@ -70,12 +70,14 @@ impl Store {
 
     /// A cluster on this store, with so many delivery nodes.
     fn cluster(self, deliveries: usize) -> ClusterBuilder {
+        self.cluster_with(deliveries, MongoOptions::default().sync_on_commit())
+    }
+
+    /// Likewise, with other options for its server.
+    fn cluster_with(self, deliveries: usize, options: MongoOptions) -> ClusterBuilder {
         match self {
             Store::Redb => Cluster::builder(),
-            Store::Mongo => {
-                let options = MongoOptions::default().sync_on_commit();
-                Cluster::builder().deliveries(deliveries).mongo_with(options)
-            }
+            Store::Mongo => Cluster::builder().deliveries(deliveries).mongo_with(options),
         }
     }
 }

@@ -397,11 +397,18 @@ async fn the_commands_teach_when_something_is_wrong() {
             let finished = cli(&cluster, arguments).await;
             assert_eq!(finished.code, Some(code), "{arguments:?}: {finished:?}");
             finished.failed_with(texts);
+            assert!(
+                !finished.stderr.contains("cursor: "),
+                "a refused cursor is none to go on from: {finished:?}"
+            );
         }
         let api = backend(&cluster.server()).await;
         let filter = |states: Vec<i32>| Some(ReceiptFilter { states, ..ReceiptFilter::default() });
         for (request, text) in [
-            (ReceiptsRequest { filter: filter(vec![1]), ..Default::default() }, "is no end"),
+            (
+                ReceiptsRequest { filter: filter(vec![1]), ..Default::default() },
+                "filter.states has 1; it may have ACKED (2)",
+            ),
             (ReceiptsRequest { filter: filter(vec![9]), ..Default::default() }, "filter.states has 9"),
             (ReceiptsRequest { cursor: "0".into(), from_now: true, ..Default::default() }, "both set"),
         ] {

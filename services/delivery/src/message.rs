@@ -28,6 +28,11 @@ impl State {
         (State::Dead, 5),
     ];
 
+    /// Every state.
+    pub fn all() -> impl Iterator<Item = Self> {
+        Self::NUMBERS.into_iter().map(|(state, _)| state)
+    }
+
     /// Whether nothing follows this state.
     #[must_use]
     pub const fn is_terminal(self) -> bool {

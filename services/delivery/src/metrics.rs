@@ -2,6 +2,7 @@
 
 mod devices;
 mod fanout;
+mod operations;
 
 use std::{
     sync::{Arc, atomic::AtomicU64},
@@ -20,6 +21,7 @@ use prometheus_client::{
 };
 
 pub(crate) use devices::DeviceCounters;
+pub(crate) use operations::StoreOperation;
 use sanjay_protocol::ErrorCode;
 use sanjay_resilience::Breakers;
 use sanjay_runtime::{
@@ -73,42 +75,6 @@ struct KindLabel {
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ReasonLabel {
     reason: &'static str,
-}
-
-/// A kind of call to a shared store.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum StoreOperation {
-    /// A group of appends and acks.
-    Write,
-    /// What must be known of inboxes before they are written to.
-    ReadState,
-    /// Pages and receipts.
-    Read,
-    /// Redelivery.
-    Claim,
-    /// Moving bodies, receipts and dedupe keys out of inboxes.
-    Tidy,
-    /// Counting.
-    Stats,
-    /// Comparing what inboxes hold with what they say.
-    Audit,
-}
-
-impl StoreOperation {
-    const ALL: [Self; 7] =
-        [Self::Write, Self::ReadState, Self::Read, Self::Claim, Self::Tidy, Self::Stats, Self::Audit];
-
-    const fn as_str(self) -> &'static str {
-        match self {
-            StoreOperation::Write => "write",
-            StoreOperation::ReadState => "read_state",
-            StoreOperation::Read => "read",
-            StoreOperation::Claim => "claim",
-            StoreOperation::Tidy => "tidy",
-            StoreOperation::Stats => "stats",
-            StoreOperation::Audit => "audit",
-        }
-    }
 }
 
 /// The metrics of one delivery node.

@@ -301,21 +301,7 @@ fn checked_send(
     now_us: u64,
 ) -> Result<Send, Refusal> {
     let SendRequest { users, payload, dedupe_key, ttl_ms, collapse_key, deliver_at_us } = request;
-    if users.is_empty() || users.len() > MAX_SEND_USERS {
-        return Err(Refusal::bad(format!(
-            "users has {} entries; it needs 1 to {MAX_SEND_USERS}",
-            users.len()
-        )));
-    }
-    let mut seen = HashSet::with_capacity(users.len());
-    for (index, user) in users.iter().enumerate() {
-        names::check("user", user).map_err(|error| Refusal::bad(format!("users[{index}]: {error}")))?;
-        if !seen.insert(user.as_str()) {
-            return Err(Refusal::bad(format!(
-                "users[{index}]: {user:?} is named twice; name each user once"
-            )));
-        }
-    }
+    checked_users(&users, MAX_SEND_USERS)?;
     names::check_optional("dedupe_key", &dedupe_key)?;
     names::check_optional("collapse_key", &collapse_key)?;
     let ttl = checked_ttl(ttl_ms)?;
@@ -335,6 +321,23 @@ pub(super) fn checked_ttl(ttl_ms: u64) -> Result<Option<Duration>, Refusal> {
         return Err(Refusal::bad(format!("ttl_ms is {ttl_ms}; at most {} is allowed", MAX_TTL.as_millis())));
     }
     Ok(Some(ttl).filter(|ttl| !ttl.is_zero()))
+}
+
+/// Checks that there are users, at most so many, each with a name, none twice.
+pub(super) fn checked_users(users: &[String], most: usize) -> Result<(), Refusal> {
+    if users.is_empty() || users.len() > most {
+        return Err(Refusal::bad(format!("users has {} entries; it needs 1 to {most}", users.len())));
+    }
+    let mut seen = HashSet::with_capacity(users.len());
+    for (index, user) in users.iter().enumerate() {
+        names::check("user", user).map_err(|error| Refusal::bad(format!("users[{index}]: {error}")))?;
+        if !seen.insert(user.as_str()) {
+            return Err(Refusal::bad(format!(
+                "users[{index}]: {user:?} is named twice; name each user once"
+            )));
+        }
+    }
+    Ok(())
 }
 
 pub(super) fn checked_message_id(text: &str) -> Result<Uuid, Refusal> {

@@ -1,6 +1,6 @@
 //! Members of channels, and durable publications.
 
-use std::{collections::HashSet, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use futures::{FutureExt, future::BoxFuture};
 use sanjay_proto::delivery::v1::{
@@ -11,7 +11,7 @@ use sanjay_protocol::{ErrorCode, Payload, names};
 
 use super::{
     Refusal,
-    backend::{BackendApi, checked_ttl},
+    backend::{BackendApi, checked_ttl, checked_users},
 };
 use crate::{
     fanout::DurablePublish,
@@ -94,25 +94,6 @@ pub(super) fn checked_plain(request: &PublishRequest) -> Result<(), Refusal> {
     )))
 }
 
-fn checked_users(users: &[String]) -> Result<(), Refusal> {
-    if users.is_empty() || users.len() > MAX_MEMBERS_PAGE {
-        return Err(Refusal::bad(format!(
-            "users has {} entries; it needs 1 to {MAX_MEMBERS_PAGE}",
-            users.len()
-        )));
-    }
-    let mut seen = HashSet::with_capacity(users.len());
-    for (index, user) in users.iter().enumerate() {
-        names::check("user", user).map_err(|error| Refusal::bad(format!("users[{index}]: {error}")))?;
-        if !seen.insert(user.as_str()) {
-            return Err(Refusal::bad(format!(
-                "users[{index}]: {user:?} is named twice; name each user once"
-            )));
-        }
-    }
-    Ok(())
-}
-
 async fn in_time<T, E: Into<Refusal>>(
     deadline: Duration,
     call: impl Future<Output = Result<T, E>>,
@@ -130,14 +111,14 @@ async fn in_time<T, E: Into<Refusal>>(
 
 pub(super) async fn join(api: &BackendApi, request: JoinRequest) -> Result<JoinResponse, Refusal> {
     names::check("channel", &request.channel)?;
-    checked_users(&request.users)?;
+    checked_users(&request.users, MAX_MEMBERS_PAGE)?;
     let joined = in_time(api.deadline, api.channels.join(request.channel, request.users)).await?;
     Ok(JoinResponse { joined: joined.changed, members: joined.members })
 }
 
 pub(super) async fn leave(api: &BackendApi, request: LeaveRequest) -> Result<LeaveResponse, Refusal> {
     names::check("channel", &request.channel)?;
-    checked_users(&request.users)?;
+    checked_users(&request.users, MAX_MEMBERS_PAGE)?;
     let left = in_time(api.deadline, api.channels.leave(request.channel, request.users)).await?;
     Ok(LeaveResponse { left: left.changed, members: left.members })
 }

@@ -122,23 +122,21 @@ fn checked_filter(filter: ReceiptFilter) -> Result<Filter, Refusal> {
     let ReceiptFilter { user, caller, states } = filter;
     names::check_optional("filter.user", &user)?;
     names::check_optional("filter.caller", &caller)?;
-    let states = checked_states("filter.states", &states)?;
-    if let Some(state) = states.iter().find(|state| !state.is_terminal()) {
-        return Err(Refusal::bad(format!(
-            "filter.states has {}, which is no end; ACKED (2), EXPIRED (3), SUPERSEDED (4) and DEAD (5) are",
-            delivery_state(*state).as_str_name()
-        )));
-    }
+    let states = checked_states("filter.states", &states, State::is_terminal)?;
     let given = |text: String| (!text.is_empty()).then_some(text);
     Ok(Filter { user: given(user), caller: given(caller), states })
 }
 
-fn checked_states(field: &str, states: &[i32]) -> Result<Vec<State>, Refusal> {
+/// Reads states, of which only some are allowed.
+fn checked_states(field: &str, states: &[i32], allowed: fn(State) -> bool) -> Result<Vec<State>, Refusal> {
     let known = |number: &i32| {
-        State::from_number(*number).ok_or_else(|| {
-            Refusal::bad(format!(
-                "{field} has {number}; ACCEPTED (1), ACKED (2), EXPIRED (3), SUPERSEDED (4), DEAD (5) and SCHEDULED (6) are known"
-            ))
+        State::from_number(*number).filter(|state| allowed(*state)).ok_or_else(|| {
+            let named = |state: State| {
+                let name = delivery_state(state).as_str_name().trim_start_matches("DELIVERY_STATE_");
+                format!("{name} ({})", state.number())
+            };
+            let all: Vec<String> = State::all().filter(|state| allowed(*state)).map(named).collect();
+            Refusal::bad(format!("{field} has {number}; it may have {}", all.join(", ")))
         })
     };
     states.iter().map(known).collect()
@@ -168,7 +166,7 @@ pub(super) async fn list(
     };
     let query = DeliveriesQuery {
         user,
-        states: checked_states("states", &states)?,
+        states: checked_states("states", &states, |_| true)?,
         caller: (!caller.is_empty()).then_some(caller),
         before: cursor::decode_page(&page_token, print)?,
         limit,
@@ -263,6 +261,20 @@ fn told(event: &Event) -> DeliveryEvent {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_error_names_the_states_that_are_allowed_here() {
+        let ends = |states: &[i32]| checked_states("filter.states", states, State::is_terminal);
+        assert_eq!(ends(&[2, 5]), Ok(vec![State::Acked, State::Dead]));
+        for wrong in [0, 1, 6, 99] {
+            let why = ends(&[2, wrong]).unwrap_err().message;
+            let expected = "ACKED (2), EXPIRED (3), SUPERSEDED (4), DEAD (5)";
+            assert_eq!(why, format!("filter.states has {wrong}; it may have {expected}"));
+        }
+        let any = |states: &[i32]| checked_states("states", states, |_| true);
+        assert_eq!(any(&[1, 6]), Ok(vec![State::Accepted, State::Scheduled]));
+        assert!(any(&[7]).unwrap_err().message.contains("SCHEDULED (6), ACCEPTED (1)"));
+    }
 
     #[test]
     fn kinds_are_those_of_the_api() {

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::bail;
+use anyhow::{Context as _, bail};
 use clap::Subcommand;
 use sanjay_delivery::store::{Location, mongodb};
 use sanjay_runtime::{ConfigError, Secret, Validate};
@@ -78,7 +78,7 @@ impl ShardArgs {
                 "say which database, with --store mongodb://HOST:PORT/DATABASE or delivery.store in a --config file"
             );
         }
-        let location: Location = delivery.store.parse()?;
+        let location: Location = delivery.store.parse().context("--store, or delivery.store, is wrong")?;
         let location = location.with_credentials(&delivery.mongodb_username, &delivery.mongodb_password);
         let Location::Mongodb(database) = location else {
             bail!("a store in a file has no shards; give --store mongodb://HOST:PORT/DATABASE");

@@ -110,12 +110,15 @@ impl Args {
         if !self.json {
             output::line(HEADER)?;
         }
-        let mut printer = Printer { cursor: request.cursor.clone(), json: self.json };
+        let given = request.cursor.clone();
+        let mut printer = Printer { cursor: given.clone(), json: self.json };
         let result = tokio::select! {
             result = read(&backend, request, &mut printer) => result,
             () = &mut end => Ok(()),
         };
-        if !printer.cursor.is_empty() {
+        // A cursor that was given and refused is no place to go on from.
+        let is_good = result.is_ok() || printer.cursor != given;
+        if is_good && !printer.cursor.is_empty() {
             output::status(&format!("cursor: {}", printer.cursor));
         }
         result

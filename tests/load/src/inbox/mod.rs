@@ -18,6 +18,9 @@ use serde_json::Value;
 
 use crate::{measure, report::progress};
 
+/// How long a run of `sanjay bench` may take, its longest measurement included.
+const BENCH: Duration = Duration::from_secs(900);
+
 /// What to measure, and with how much.
 #[derive(Debug, Args)]
 pub(crate) struct Options {
@@ -121,12 +124,7 @@ async fn bench(cluster: &Cluster, server: &str, arguments: &[&str]) -> anyhow::R
         .env("SANJAY_API_KEY", API_KEY)
         .env("SANJAY_EDGE__TOKEN_SECRET", TOKEN_SECRET);
     let mut process = command.spawn();
-    let status = loop {
-        match process.ended() {
-            Some(status) => break status,
-            None => tokio::time::sleep(Duration::from_millis(50)).await,
-        }
-    };
+    let status = process.wait(BENCH).await;
     anyhow::ensure!(
         status.success(),
         "sanjay bench ended with {status}: {}{}",

@@ -201,7 +201,12 @@ fn is_new_enough(version: &str) -> bool {
 
 /// Whether the server is neither a member of a replica set nor a router of a sharded cluster.
 fn is_standalone(hello: &Document) -> bool {
-    hello.get_str("setName").is_err() && hello.get_str("msg").ok() != Some("isdbgrid")
+    hello.get_str("setName").is_err() && !is_router(hello)
+}
+
+/// Whether the server is a router of a sharded cluster.
+pub(super) fn is_router(hello: &Document) -> bool {
+    hello.get_str("msg").ok() == Some("isdbgrid")
 }
 
 async fn create_indexes(database: &MongoDatabase) -> MongoResult<()> {

@@ -9,7 +9,7 @@ use mongodb::{
     options::ClientOptions,
 };
 
-use super::connect::credentials;
+use super::connect::{credentials, is_router};
 use crate::store::Database;
 
 /// How long one command may take: a server makes an index and moves chunks in it.
@@ -119,7 +119,7 @@ async fn connect(location: &Database) -> Result<Client, ShardError> {
     let admin = client.database("admin");
     let hello = admin.run_command(doc! { "hello": 1 }).await;
     let hello = hello.map_err(|error| unreachable(error.to_string()))?;
-    if hello.get_str("msg").ok() != Some("isdbgrid") {
+    if !is_router(&hello) {
         return Err(ShardError::NoRouter { uri: location.uri.clone() });
     }
     Ok(client)

@@ -4,13 +4,15 @@ use std::{env, fs, path::PathBuf};
 
 use prost::Message;
 
-const FILES: [&str; 6] = [
+const FILES: [&str; 8] = [
     "sanjay/client/v1/payload.proto",
+    "sanjay/edge/v1/control.proto",
     "sanjay/edge/v1/link.proto",
     "sanjay/edge/v1/inbox.proto",
     "sanjay/router/v1/router.proto",
     "sanjay/router/v1/bus.proto",
     "sanjay/delivery/v1/delivery.proto",
+    "sanjay/delivery/v1/control.proto",
 ];
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {

@@ -71,7 +71,10 @@ async fn a_token_may_travel_in_the_handshake() {
 #[tokio::test]
 async fn a_token_that_ends_closes_its_connection() {
     within(30, "an ending token", async {
-        let server = Standalone::start_with(Settings::default().set("edge.heartbeat_ms", 500)).await;
+        let server = Standalone::start_with(
+            Settings::default().set("edge.heartbeat_ms", 500).set("edge.token_grace_s", 0),
+        )
+        .await;
         let hello = json!({ "token": Token::of("ann").expires_in_s(3).sign() });
         let mut peer = Peer::with_hello(server.url(), hello).await;
         let left = peer.welcome["token_ttl_s"].as_u64().unwrap();

@@ -381,6 +381,11 @@ async fn check_config_names_the_wrong_key() {
         let wrong = [
             ("edge.shards", "65", "edge", "65"),
             ("edge.token_secret", "\"short\"", "edge", "32"),
+            ("edge.token_algorithm", "\"ES256\"", "edge", "token_keys"),
+            ("edge.token_keys", r#"[{ algorithm = "ES256", public_key = "x" }]"#, "edge", "BEGIN PUBLIC KEY"),
+            ("edge.token_keys", r#"[{ algorithm = "none", public_key = "x" }]"#, "edge", "EdDSA"),
+            ("edge.token_jwks_url", "\"issuer/keys\"", "standalone", "https://"),
+            ("edge.token_grace_s", "4000", "edge", "3600"),
             ("edge.router", "\"localhost:8083\"", "edge", "http://"),
             ("edge.heartbeat_ms", "\"often\"", "edge", "often"),
             ("edge.hello_timeout_ms", "1", "edge", "100"),

@@ -275,6 +275,26 @@ async fn a_scheduled_message_comes_at_its_time_and_once() {
 }
 
 #[tokio::test]
+async fn a_scheduled_messages_time_to_live_begins_in_its_inbox() {
+    on_each_store(60, usual, async |mut cluster| {
+        let at = now_us() + 500_000;
+        let ttl = Duration::from_secs(5);
+        let options = SendOptions { deliver_at_us: Some(at), ttl: Some(ttl), ..SendOptions::default() };
+        let waits = send(&cluster, "late", &options).await;
+        cluster.kill(Role::Delivery);
+        // Its time, and as long again as it may live.
+        let back = Duration::from_micros(at.saturating_sub(now_us())) + ttl;
+        tokio::time::sleep(back).await;
+        cluster.restart(Role::Delivery).await;
+        let mut peer = bob(&cluster).await;
+        assert_eq!(next(&mut peer).await, (1, "late".to_owned()));
+        peer.ack(1, 1).await;
+        assert_eq!(state(&cluster, &waits.message_id).await, DeliveryState::Acked);
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn the_command_line_asks_for_all_of_it() {
     on_each_store(90, usual, async |cluster| {
         let key = ["send", "bob", "old", "--collapse-key", "k", "--ttl", "1h"];

@@ -5,6 +5,7 @@
     reason = "a failure is a failed test, and its output is for whoever looks into it"
 )]
 
+mod acks_wait;
 mod admin;
 mod attempts;
 mod bad_input;
@@ -16,6 +17,7 @@ mod balancer_newer;
 mod balancer_strangers;
 mod bench;
 mod cli;
+mod control;
 mod cut_off;
 mod dead_letters;
 mod demo;
@@ -32,11 +34,15 @@ mod live;
 mod many_dead_letters;
 mod many_nodes;
 mod metrics;
+mod namespaces;
 mod offline;
 mod processes;
 mod python;
 mod receipts;
+mod recovery;
+mod revocations;
 mod store_away;
 mod stores;
+mod tokens;
 mod trace;
 mod trace_cluster;

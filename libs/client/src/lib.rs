@@ -7,18 +7,21 @@ mod jitter;
 mod websocket;
 
 pub use backend::{
-    Accepted, Backend, BackendError, BackendOptions, DurablyPublished, MembersPage, PendingReply,
-    PublishOptions, PublishStream, ReceiptStream, RedriveStream, SendOptions, SendStream, UserResult,
-    WatchStream,
+    Accepted, Backend, BackendError, BackendOptions, ConnectionStream, DurablyPublished, MembersPage,
+    PendingReply, PublishOptions, PublishStream, ReceiptStream, RedriveStream, SendOptions, SendStream,
+    Subject, UserResult, WatchStream,
 };
 pub use jitter::Jitter;
 pub use sanjay_proto::delivery::v1::{
-    DeadLetter, DeadLetterFilter, DeadReason, DeliveryEvent, DeliveryEventKind, DeliveryFailure,
-    DeliveryState, GetDeliveryResponse, GetTraceResponse, ListDeadLettersResponse, ListDeliveriesRequest,
-    ListDeliveriesResponse, ListedDelivery, PurgeDeadLettersRequest, PurgeDeadLettersResponse, Receipt,
-    ReceiptFilter, ReceiptsRequest, ReceiptsResponse, RedriveDeadLettersRequest, RedriveDeadLettersResponse,
-    WatchDeliveriesRequest, watch_deliveries_response::Result as Watched,
+    ConnectionEvent, DeadLetter, DeadLetterFilter, DeadReason, DeliveryEvent, DeliveryEventKind,
+    DeliveryFailure, DeliveryState, GetDeliveryResponse, GetTraceResponse, ListDeadLettersResponse,
+    ListDeliveriesRequest, ListDeliveriesResponse, ListedDelivery, LiveChannel, LiveNode,
+    PurgeDeadLettersRequest, PurgeDeadLettersResponse, Receipt, ReceiptFilter, ReceiptsRequest,
+    ReceiptsResponse, RedriveDeadLettersRequest, RedriveDeadLettersResponse, Revocation, UserConnection,
+    WatchConnectionsRequest, WatchDeliveriesRequest, subject,
+    watch_connections_response::Result as WatchedConnection, watch_deliveries_response::Result as Watched,
 };
+pub use sanjay_proto::edge::v1::ConnectionEventKind;
 pub use sanjay_protocol as protocol;
 pub use websocket::{
     AckError, Acker, ChannelEvent, Checkpoint, CheckpointError, Client, ClientOptions, ClosedError,

@@ -9,6 +9,7 @@ use crate::{
     },
     names::{self, NameError},
     payload::PayloadError,
+    recovery::{Position, ReadHistory},
 };
 
 /// A command with the number that its reply will carry.
@@ -43,6 +44,10 @@ pub enum Command {
     Working(Working),
     /// How many inbox messages may be in flight.
     Credit(Credit),
+    /// Read what a channel keeps.
+    History(ReadHistory),
+    /// Another token, for the connection or for one subscription.
+    Refresh(Refresh),
 }
 
 /// `hello`: always the first command.
@@ -74,10 +79,26 @@ impl std::fmt::Debug for Hello {
 }
 
 /// `subscribe`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Subscribe {
     /// The channel.
     pub channel: String,
+    /// Go on from here: the answer has what was missed, or says that it cannot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub recover: Option<Position>,
+    /// A subscription token: it grants this channel in place of the connection's capabilities.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub token: Option<String>,
+}
+
+impl std::fmt::Debug for Subscribe {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Subscribe")
+            .field("channel", &self.channel)
+            .field("recover", &self.recover)
+            .field("token", &self.token.as_ref().map(|_| "<redacted>"))
+            .finish()
+    }
 }
 
 /// `unsubscribe`.
@@ -152,6 +173,22 @@ pub struct Credit {
     pub n: u32,
 }
 
+/// `refresh`: another token in place of one that ends.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Refresh {
+    /// For the same user.
+    pub token: String,
+    /// The channel whose subscription token this is; without it, it is the connection's token.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub channel: Option<String>,
+}
+
+impl std::fmt::Debug for Refresh {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Refresh").field("token", &"<redacted>").field("channel", &self.channel).finish()
+    }
+}
+
 impl From<NameError> for ErrorBody {
     fn from(error: NameError) -> Self {
         ErrorBody::new(ErrorCode::BadRequest, error.to_string())
@@ -180,19 +217,26 @@ impl Command {
             Command::Hello(hello) => {
                 names::check_optional("device", &hello.device)?;
                 names::check_optional("client", &hello.client)?;
-                match (&hello.token, hello.credit) {
-                    (Some(token), _) if token.len() > MAX_TOKEN_BYTES => {
-                        bad(format!("token has {} bytes; at most {MAX_TOKEN_BYTES} are allowed", token.len()))
-                    }
-                    (_, Some(n)) if n > MAX_CREDIT => {
-                        bad(format!("credit is {n}; 0 to {MAX_CREDIT} are allowed"))
-                    }
+                check_token(hello.token.as_deref()).or_else(bad)?;
+                match hello.credit {
+                    Some(n) if n > MAX_CREDIT => bad(format!("credit is {n}; 0 to {MAX_CREDIT} are allowed")),
                     _ => Ok(()),
                 }
             }
-            Command::Subscribe(Subscribe { channel }) | Command::Unsubscribe(Unsubscribe { channel }) => {
-                Ok(names::check("channel", channel)?)
+            Command::Subscribe(Subscribe { channel, recover, token }) => {
+                check_token(token.as_deref()).or_else(bad)?;
+                names::check("channel", channel)?;
+                recover.as_ref().map_or(Ok(()), |position| position.check("recover"))
             }
+            Command::Unsubscribe(Unsubscribe { channel }) => Ok(names::check("channel", channel)?),
+            Command::Refresh(Refresh { token, channel }) => {
+                check_token(Some(token)).or_else(bad)?;
+                match channel {
+                    Some(channel) => Ok(names::check("channel", channel)?),
+                    None => Ok(()),
+                }
+            }
+            Command::History(read) => read.check(),
             Command::Publish(publish) => {
                 names::check("channel", &publish.channel)?;
                 names::check_optional("dedupe", &publish.dedupe)?;
@@ -213,6 +257,15 @@ impl Command {
             }
             Command::Credit(_) => Ok(()),
         }
+    }
+}
+
+fn check_token(token: Option<&str>) -> Result<(), String> {
+    match token {
+        Some(token) if token.len() > MAX_TOKEN_BYTES => {
+            Err(format!("token has {} bytes; at most {MAX_TOKEN_BYTES} are allowed", token.len()))
+        }
+        _ => Ok(()),
     }
 }
 

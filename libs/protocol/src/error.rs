@@ -45,6 +45,8 @@ error_codes! {
     UnknownCommand = "unknown_command", false;
     /// The token has no capability for this.
     Forbidden = "forbidden", false;
+    /// The token has ended: the command may succeed after a `refresh`, or with a new subscription token.
+    TokenExpired = "token_expired", true;
     /// The channel is already subscribed on this connection.
     AlreadySubscribed = "already_subscribed", false;
     /// The channel is not subscribed on this connection.

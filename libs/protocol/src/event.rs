@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{ErrorBody, Payload};
+use crate::{ErrorBody, ErrorCode, Payload, recovery::History};
 
 /// A reply (with the command's id) or a push (without).
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -40,6 +40,16 @@ pub enum Event {
     Degraded(Degraded),
     /// The connection will close soon.
     Goaway(Goaway),
+    /// Answers `history`.
+    History(Box<History>),
+    /// The edge or a back end ended a subscription.
+    Unsubscribed(Unsubscribed),
+    /// A back end has something to say to every client.
+    Broadcast(Box<Broadcast>),
+    /// Answers `refresh`.
+    Refreshed(Refreshed),
+    /// The connection's token has ended.
+    TokenExpired(TokenExpired),
     /// An event that this build does not know.
     Unknown(String),
 }
@@ -96,7 +106,7 @@ pub struct Limits {
 }
 
 /// `subscribed`: every message above `offset` follows, or a `gap`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Subscribed {
     /// The channel.
     pub channel: String,
@@ -104,6 +114,12 @@ pub struct Subscribed {
     pub epoch: String,
     /// The newest offset before this subscription.
     pub offset: u64,
+    /// Whether everything that was missed since the position that was asked for is in `messages`; absent when none was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub recovered: Option<bool>,
+    /// What was missed, in order; the last one has `offset`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub messages: Vec<Message>,
 }
 
 /// `published`: an offset was assigned. Not a promise that anyone received it.
@@ -201,4 +217,45 @@ pub struct Goaway {
     pub reconnect_after_ms: u64,
     /// plus a random part of these.
     pub spread_ms: u64,
+}
+
+/// `refreshed`: the new token is in force.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Refreshed {
+    /// Seconds until it ends.
+    pub token_ttl_s: u64,
+    /// The channel, when it was a subscription's token.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub channel: Option<String>,
+}
+
+/// `token_expired`: until a `refresh`, nothing new is subscribed or published.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TokenExpired {
+    /// Without a `refresh` the connection is closed after so many milliseconds.
+    pub close_in_ms: u64,
+}
+
+/// `unsubscribed`: the edge or a back end ended the subscription of a channel.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Unsubscribed {
+    /// The channel.
+    pub channel: String,
+    /// A code of docs/protocol.md, "Error codes".
+    pub code: ErrorCode,
+    /// Why, for a person.
+    pub reason: String,
+    /// Whether the client may subscribe again by itself.
+    pub retryable: bool,
+}
+
+/// `broadcast`: a message for every client that is connected.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Broadcast {
+    /// UUID.
+    pub message_id: String,
+    /// The body.
+    pub payload: Payload,
+    /// When the message was accepted, in Unix microseconds.
+    pub time_us: u64,
 }

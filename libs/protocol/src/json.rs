@@ -64,9 +64,12 @@ fn decode_command(line: &str) -> Result<Envelope, Refused> {
             "term" => parse(&name, raw).map(Command::Term),
             "working" => parse(&name, raw).map(Command::Working),
             "credit" => parse(&name, raw).map(Command::Credit),
+            "history" => parse(&name, raw).map(Command::History),
+            "refresh" => parse(&name, raw).map(Command::Refresh),
             _ => {
                 let name: String = name.chars().filter(|c| !c.is_control()).take(40).collect();
-                let known = "hello, subscribe, unsubscribe, publish, ack, nak, term, working, credit";
+                let known = "hello, subscribe, unsubscribe, publish, ack, nak, term, working, credit, history, \
+                     refresh";
                 return Err(refuse(
                     ErrorCode::UnknownCommand,
                     format!("unknown command \"{name}\"; known are {known}"),
@@ -190,6 +193,8 @@ impl Serialize for Envelope {
             Command::Term(body) => map.serialize_entry("term", body)?,
             Command::Working(body) => map.serialize_entry("working", body)?,
             Command::Credit(body) => map.serialize_entry("credit", body)?,
+            Command::History(body) => map.serialize_entry("history", body)?,
+            Command::Refresh(body) => map.serialize_entry("refresh", body)?,
         }
         map.end()
     }
@@ -214,6 +219,11 @@ impl Serialize for EventEnvelope {
             Event::Gap(body) => map.serialize_entry("gap", body)?,
             Event::Degraded(body) => map.serialize_entry("degraded", body)?,
             Event::Goaway(body) => map.serialize_entry("goaway", body)?,
+            Event::History(body) => map.serialize_entry("history", body)?,
+            Event::Unsubscribed(body) => map.serialize_entry("unsubscribed", body)?,
+            Event::Broadcast(body) => map.serialize_entry("broadcast", body)?,
+            Event::Refreshed(body) => map.serialize_entry("refreshed", body)?,
+            Event::TokenExpired(body) => map.serialize_entry("token_expired", body)?,
             Event::Unknown(name) => map.serialize_entry(name, &crate::event::Empty {})?,
         }
         map.end()
@@ -247,6 +257,11 @@ impl<'de> Deserialize<'de> for EventEnvelope {
                         "gap" => Event::Gap(map.next_value()?),
                         "degraded" => Event::Degraded(map.next_value()?),
                         "goaway" => Event::Goaway(map.next_value()?),
+                        "history" => Event::History(map.next_value()?),
+                        "unsubscribed" => Event::Unsubscribed(map.next_value()?),
+                        "broadcast" => Event::Broadcast(map.next_value()?),
+                        "refreshed" => Event::Refreshed(map.next_value()?),
+                        "token_expired" => Event::TokenExpired(map.next_value()?),
                         other => {
                             let other = other.to_owned();
                             map.next_value::<IgnoredAny>()?;

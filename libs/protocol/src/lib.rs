@@ -10,6 +10,7 @@ pub mod json;
 pub mod limits;
 pub mod names;
 pub mod payload;
+pub mod recovery;
 pub mod token;
 
 pub use close::CloseCode;
@@ -17,6 +18,7 @@ pub use command::{Command, Envelope};
 pub use error::{ErrorBody, ErrorCode};
 pub use event::{Event, EventEnvelope};
 pub use payload::Payload;
+pub use recovery::Position;
 
 /// Subprotocol with one JSON envelope for each line of a text message; the default when a client offers none.
 pub const SUBPROTOCOL_JSON: &str = "sanjay.v1.json";

@@ -32,6 +32,19 @@ pub const MAX_REASON_BYTES: usize = 200;
 /// Most commands of a connection that wait for an answer; further input is not read until one is answered.
 pub const MAX_OUTSTANDING_COMMANDS: usize = 32;
 
+/// Most messages in one answer with a channel's history, and most that a subscription recovers: beyond it a client is
+/// better served by what its application keeps.
+pub const MAX_HISTORY_LIMIT: usize = 1_000;
+
+/// Messages in an answer with a channel's history unless another number is asked for.
+pub const DEFAULT_HISTORY_LIMIT: u32 = 100;
+
+/// Most bytes of such an answer: well below what may wait for a slow socket.
+pub const MAX_HISTORY_BYTES: usize = 1024 * 1024;
+
+/// Longest epoch of a channel that a client may give back; this version gives 16 digits.
+pub const MAX_EPOCH_BYTES: usize = 64;
+
 /// Most users in one `Send`.
 pub const MAX_SEND_USERS: usize = 1_000;
 

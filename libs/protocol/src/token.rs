@@ -35,6 +35,12 @@ impl Capabilities {
         Self(BTreeMap::from([("*".to_owned(), vec![Subscribe, Publish, Presence, History])]))
     }
 
+    /// Whether they say nothing at all.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// Whether some pattern allows `action` on `channel`.
     #[must_use]
     pub fn allow(&self, action: Action, channel: &str) -> bool {
@@ -69,9 +75,15 @@ pub struct Claims {
     /// Not to be used before, in Unix seconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub nbf: Option<u64>,
+    /// Names the token, so that it can be revoked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub jti: Option<String>,
     /// What the user may do.
     #[serde(default)]
     pub caps: Capabilities,
+    /// The channel of a subscription token, which is good for nothing else.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub channel: Option<String>,
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use crate::{
     clock::{SharedClock, SystemClock},
     lifecycle::Lifecycle,
+    namespaces::SharedNamespaces,
     random::{OsRandom, SharedRandom},
     readiness::Readiness,
     secret::Secret,
@@ -21,6 +22,8 @@ pub struct Context {
     pub lifecycle: Lifecycle,
     /// Where a role says whether it can serve.
     pub readiness: Readiness,
+    /// Settings of channels, which may be replaced at any time.
+    pub namespaces: SharedNamespaces,
     /// What the processes of a cluster prove to each other.
     pub cluster_key: Secret,
 }
@@ -34,6 +37,7 @@ impl Context {
             random: Arc::new(OsRandom),
             lifecycle: Lifecycle::new(),
             readiness: Readiness::new(),
+            namespaces: SharedNamespaces::default(),
             cluster_key,
         }
     }

@@ -5,6 +5,7 @@
 mod binary;
 mod cluster;
 mod history;
+mod keys;
 mod peer;
 mod process;
 mod settings;
@@ -22,6 +23,7 @@ pub mod servers;
 pub use binary::{Finished, Sanjay, binary};
 pub use cluster::{Cluster, ClusterBuilder, Node, Role};
 pub use history::{History, Publication, Publications, Report};
+pub use keys::{KeyPair, KeyServer};
 pub use peer::{End, Peer};
 pub use process::{Addresses, Process};
 pub use settings::{API_KEY, OTHER_API_KEY, Settings, TOKEN_SECRET, free_port};

@@ -1,15 +1,23 @@
 //! Client tokens for tests.
 
 use sanjay_protocol::token::{Action, Capabilities, Claims};
-use sanjay_runtime::{Clock, Secret, SystemClock, jwt};
+use sanjay_runtime::{
+    Clock, Secret, SystemClock,
+    jwt::{self, Algorithm, SigningKey},
+};
+use serde_json::{Map, Value};
 
-use crate::settings::TOKEN_SECRET;
+use crate::{keys::KeyPair, settings::TOKEN_SECRET};
 
 /// A token in the making: everything allowed for an hour, unless it is told otherwise.
 #[derive(Debug, Clone)]
 pub struct Token {
     claims: Claims,
+    more: Map<String, Value>,
     secret: Secret,
+    algorithm: Algorithm,
+    pair: Option<KeyPair>,
+    kid: Option<String>,
 }
 
 impl Token {
@@ -22,9 +30,20 @@ impl Token {
             exp: now_s + 3_600,
             iat: Some(now_s),
             nbf: None,
+            jti: None,
             caps: Capabilities::everything(),
+            channel: None,
         };
-        Self { claims, secret: Secret::new(TOKEN_SECRET) }
+        let secret = Secret::new(TOKEN_SECRET);
+        Self { claims, more: Map::new(), secret, algorithm: Algorithm::Hs256, pair: None, kid: None }
+    }
+
+    /// A subscription token: for a user and a channel, of which it allows to subscribe.
+    #[must_use]
+    pub fn for_channel(user: &str, channel: &str) -> Self {
+        let mut token = Self::of(user).caps(&[]);
+        token.claims.channel = Some(channel.to_owned());
+        token
     }
 
     /// Ends so many seconds from now; negative: ended then.
@@ -41,11 +60,32 @@ impl Token {
         self
     }
 
+    /// Made so many seconds from now; negative: made then. `None`: it does not say when it was made.
+    #[must_use]
+    pub fn made_in_s(mut self, seconds: Option<i64>) -> Self {
+        self.claims.iat = seconds.map(|seconds| SystemClock.now_s().saturating_add_signed(seconds));
+        self
+    }
+
+    /// With an id of its own.
+    #[must_use]
+    pub fn jti(mut self, id: &str) -> Self {
+        self.claims.jti = Some(id.to_owned());
+        self
+    }
+
     /// Allows only this.
     #[must_use]
     pub fn caps(mut self, caps: &[(&str, &[Action])]) -> Self {
         let entries = caps.iter().map(|(pattern, actions)| ((*pattern).to_owned(), actions.to_vec()));
         self.claims.caps = entries.collect();
+        self
+    }
+
+    /// Has another claim.
+    #[must_use]
+    pub fn claim(mut self, name: &str, value: impl Into<Value>) -> Self {
+        self.more.insert(name.to_owned(), value.into());
         self
     }
 
@@ -56,9 +96,47 @@ impl Token {
         self
     }
 
+    /// Signed with the secret by another algorithm, such as `HS512`.
+    ///
+    /// # Panics
+    /// When there is no such algorithm.
+    #[must_use]
+    pub fn algorithm(mut self, name: &str) -> Self {
+        self.algorithm = Algorithm::from_name(name).expect("an algorithm");
+        self
+    }
+
+    /// Signed with a private key.
+    #[must_use]
+    pub fn signed_by(mut self, pair: &KeyPair) -> Self {
+        self.pair = Some(pair.clone());
+        self
+    }
+
+    /// Names its key.
+    #[must_use]
+    pub fn kid(mut self, kid: &str) -> Self {
+        self.kid = Some(kid.to_owned());
+        self
+    }
+
     /// The token's text.
+    ///
+    /// # Panics
+    /// When the algorithm has no shared secrets.
     #[must_use]
     pub fn sign(&self) -> String {
-        jwt::sign(&self.claims, &self.secret)
+        let mut values = serde_json::to_value(&self.claims).expect("claims are JSON");
+        for (name, value) in &self.more {
+            values[name] = value.clone();
+        }
+        let sign = |key: &SigningKey| jwt::sign_with(&values, key, self.kid.as_deref());
+        match &self.pair {
+            Some(pair) => sign(pair.key()),
+            None => {
+                let key = SigningKey::from_secret(self.algorithm, &self.secret);
+                sign(&key.expect("the algorithm has shared secrets"))
+            }
+        }
     }
 }

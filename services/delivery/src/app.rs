@@ -4,7 +4,10 @@ use std::{sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use prometheus_client::registry::Registry;
-use sanjay_proto::{delivery::v1::delivery_server::DeliveryServer, edge::v1::inbox_server::InboxServer};
+use sanjay_proto::{
+    delivery::v1::{control_server::ControlServer, delivery_server::DeliveryServer},
+    edge::v1::{inbox_server::InboxServer, revocations_server::RevocationsServer},
+};
 use sanjay_runtime::{
     Context, MilestoneRing, Validate,
     grpc::{MAX_MESSAGE, PeerMetrics, PeerPool, PoolOptions, ServeOptions, cluster_auth, serve_with},
@@ -19,13 +22,14 @@ use crate::{
     dead::DeadLetters,
     events::Events,
     fanout::{Channels, FanOut},
-    grpc::{BackendApi, EdgeApi, readers},
+    grpc::{BackendApi, ControlApi, EdgeApi, RevocationsApi, readers, room},
     inbox::{Committed, Inbox},
     metrics::{Metrics, PEERS},
     path::{Paths, Recipients, SERVICE},
     publish,
     redeliver::Redelivery,
     relay,
+    revocations::Revocations,
     router::Router,
     schedule::Schedule,
     settled,
@@ -43,7 +47,12 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 const ROUTER_SERVICE: &str = "sanjay.router.v1.Router";
 
 /// Full names of the gRPC services, for health.
-const SERVICES: &[&str] = &["sanjay.delivery.v1.Delivery", "sanjay.edge.v1.Inbox"];
+const SERVICES: &[&str] = &[
+    "sanjay.delivery.v1.Delivery",
+    "sanjay.delivery.v1.Control",
+    "sanjay.edge.v1.Inbox",
+    "sanjay.edge.v1.Revocations",
+];
 
 /// Starts a delivery node on `listener`: opens the store, and runs everything on the context's lifecycle.
 /// Returns once it serves.
@@ -154,6 +163,19 @@ pub async fn start(
         random: context.random.clone(),
         metrics: metrics.clone(),
     };
+    let revocations = Revocations::new(store.clone(), config.max_token_life(), metrics.clone());
+    spawn(&context, "delivery revocations", revocations.clone().run(context.lifecycle.soft()));
+    let telling = RevocationsApi { revocations: revocations.clone(), stop: context.lifecycle.soft() };
+    let control = ControlApi {
+        router: router.clone(),
+        metrics: metrics.clone(),
+        clock: context.clock.clone(),
+        random: context.random.clone(),
+        revocations,
+        deadline: config.call_timeout(),
+        room: room(),
+        stop: context.lifecycle.soft(),
+    };
     let backend = BackendApi {
         inbox: inbox.clone(),
         dead_letters,
@@ -167,7 +189,7 @@ pub async fn start(
     };
     let every_device = config.devices == Devices::Every;
     let edge = EdgeApi { inbox, deadline: config.call_timeout(), every_device };
-    serve(&config, listener, &context, backend, edge).await?;
+    serve(&config, listener, &context, (backend, control), (edge, telling)).await?;
     ready.set(true);
     Ok(())
 }
@@ -207,14 +229,18 @@ async fn serve(
     config: &Config,
     listener: TcpListener,
     context: &Context,
-    backend: BackendApi,
-    edge: EdgeApi,
+    (backend, control): (BackendApi, ControlApi),
+    (edge, telling): (EdgeApi, RevocationsApi),
 ) -> anyhow::Result<()> {
     let backend = DeliveryServer::new(backend).max_decoding_message_size(MAX_MESSAGE);
     let edge = InboxServer::new(edge).max_decoding_message_size(MAX_MESSAGE);
+    let telling = RevocationsServer::new(telling).max_decoding_message_size(MAX_MESSAGE);
+    let control = ControlServer::new(control).max_decoding_message_size(MAX_MESSAGE);
     let (mut routes, auth) = (Routes::builder(), cluster_auth(&context.cluster_key));
     routes
         .add_service(InterceptedService::new(backend, ApiKeys::new(&config.api_keys)))
+        .add_service(InterceptedService::new(control, ApiKeys::new(&config.api_keys)))
+        .add_service(InterceptedService::new(telling, auth.clone()))
         .add_service(InterceptedService::new(edge, auth.clone()));
     let options = ServeOptions {
         name: "delivery grpc",

@@ -101,6 +101,7 @@ impl InboxStore for Inboxes {
 
     crate::store::schedules_nothing!();
     crate::store::logs_nothing!();
+    crate::store::revokes_nothing!();
     crate::store::fans_out_nothing!();
     crate::store::knows_no_devices!();
 

@@ -17,6 +17,9 @@ use crate::{
 /// Most seconds that `max_age_s` may be.
 const MAX_AGE_S: u64 = 315_360_000;
 
+/// Bounds of `max_token_life_s`: a minute, and ten years.
+const TOKEN_LIFE_S: std::ops::RangeInclusive<u64> = 60..=315_360_000;
+
 /// What becomes of a message for a full inbox.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -83,6 +86,8 @@ pub struct Config {
     pub max_attempts: u32,
     /// How many members a channel may have, 1 to 100,000,000.
     pub max_members: u64,
+    /// Most seconds that a client's token lives, 60 to 315,360,000: revocations are kept for so long.
+    pub max_token_life_s: u64,
     /// How long a call may take before it is answered with `unavailable`, in milliseconds, 100 to 60,000.
     pub call_timeout_ms: u64,
 }
@@ -105,6 +110,7 @@ impl Default for Config {
             devices: Devices::Any,
             max_attempts: 8,
             max_members: 1_000_000,
+            max_token_life_s: 31 * 24 * 60 * 60,
             call_timeout_ms: 5_000,
         }
     }
@@ -121,6 +127,12 @@ impl Config {
     #[must_use]
     pub fn max_age(&self) -> Option<Duration> {
         Some(self.max_age_s).filter(|seconds| *seconds > 0).map(Duration::from_secs)
+    }
+
+    /// How long a client's token may live.
+    #[must_use]
+    pub fn max_token_life(&self) -> Duration {
+        Duration::from_secs(self.max_token_life_s)
     }
 
     /// Where inboxes live, with what it takes to log in there.
@@ -191,6 +203,10 @@ impl Validate for Config {
             let problem = format!("is {}, out of bounds", self.max_members);
             return error("max_members", problem, "set it between 1 and 100000000");
         }
+        if !TOKEN_LIFE_S.contains(&self.max_token_life_s) {
+            let problem = format!("is {}, out of bounds", self.max_token_life_s);
+            return error("max_token_life_s", problem, "set it between 60 and 315360000 (ten years)");
+        }
         if !(100..=60_000).contains(&self.call_timeout_ms) {
             let problem = format!("is {}, out of bounds", self.call_timeout_ms);
             return error("call_timeout_ms", problem, "set it between 100 and 60000");
@@ -232,7 +248,7 @@ mod tests {
         let key = |name: &str, sha256: &str| ApiKey { name: name.into(), sha256: sha256.into() };
         let good = crate::hash_api_key("k");
         type Change = Box<dyn Fn(&mut Config)>;
-        let cases: [(&str, Change); 18] = [
+        let cases: [(&str, Change); 20] = [
             ("delivery.store", Box::new(|c| c.store = "mongo".into())),
             ("delivery.store", Box::new(|c| c.store = "mongodb://a:1".into())),
             ("delivery.store", Box::new(|c| c.store = "mongodb://bob:hunter2@a:1/db".into())),
@@ -257,6 +273,8 @@ mod tests {
             ("delivery.max_attempts", Box::new(|c| c.max_attempts = 101)),
             ("delivery.max_members", Box::new(|c| c.max_members = 0)),
             ("delivery.max_members", Box::new(|c| c.max_members = 100_000_001)),
+            ("delivery.max_token_life_s", Box::new(|c| c.max_token_life_s = 59)),
+            ("delivery.max_token_life_s", Box::new(|c| c.max_token_life_s = 315_360_001)),
             ("delivery.call_timeout_ms", Box::new(|c| c.call_timeout_ms = 1)),
             ("delivery.api_keys[0].name", Box::new(move |c| c.api_keys = vec![key("", "")])),
             ("delivery.api_keys[0].sha256", Box::new(move |c| c.api_keys = vec![key("a", "12")])),

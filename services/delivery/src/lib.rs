@@ -20,6 +20,7 @@ mod redeliver;
 mod redrive;
 mod relay;
 mod retry;
+mod revocations;
 mod router;
 mod schedule;
 mod settled;

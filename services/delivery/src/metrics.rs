@@ -1,5 +1,6 @@
 //! Everything that delivery counts and measures.
 
+mod control;
 mod devices;
 mod fanout;
 mod operations;
@@ -103,6 +104,7 @@ pub struct Metrics {
     redeliveries: Counter,
     notices: Family<OutcomeLabel, Counter>,
     pub(crate) devices: DeviceCounters,
+    control: control::ControlCounters,
     failures: Family<KindLabel, Counter>,
     failures_lost: Counter,
     dead: Family<ReasonLabel, Counter>,
@@ -166,6 +168,7 @@ impl Metrics {
             redeliveries: Counter::default(),
             notices: Family::default(),
             devices: DeviceCounters::default(),
+            control: control::ControlCounters::default(),
             failures: Family::default(),
             failures_lost: Counter::default(),
             dead: Family::default(),
@@ -199,6 +202,7 @@ impl Metrics {
         metrics.register_inboxes(registry);
         metrics.register_fan_out(registry);
         metrics.devices.register(registry);
+        metrics.control.register(registry);
         metrics.register_failures(registry);
         metrics.register_readers(registry);
         metrics.register_store(registry);

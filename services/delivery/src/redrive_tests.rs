@@ -89,6 +89,7 @@ struct Watched {
 impl InboxStore for Watched {
     crate::store::schedules_nothing!();
     crate::store::logs_nothing!();
+    crate::store::revokes_nothing!();
     crate::store::fans_out_nothing!();
     crate::store::knows_no_devices!();
 
@@ -181,6 +182,7 @@ impl Planted {
 impl InboxStore for Planted {
     crate::store::schedules_nothing!();
     crate::store::logs_nothing!();
+    crate::store::revokes_nothing!();
     crate::store::fans_out_nothing!();
     crate::store::knows_no_devices!();
 

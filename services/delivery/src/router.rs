@@ -1,12 +1,16 @@
 //! The client of the routers.
 
+mod ask;
+
 use std::time::Duration;
+
+pub(crate) use ask::Asked;
 
 use sanjay_proto::{
     edge::v1::{InboxHint, Milestone},
     router::v1::{
-        NewPublication, PublishRequest, PublishResult, RelayRequest, TraceRequest,
-        router_client::RouterClient,
+        HistoryRequest, HistoryResponse, NewPublication, PublishRequest, PublishResult, RelayRequest,
+        TraceRequest, router_client::RouterClient,
     },
 };
 use sanjay_runtime::grpc::{Call, MAX_MESSAGE, PeerError, PeerPool};
@@ -43,6 +47,11 @@ pub(crate) struct Router(PeerPool);
 impl Router {
     pub(crate) fn new(pool: PeerPool) -> Self {
         Self(pool)
+    }
+
+    /// The routers, for streams of each.
+    pub(crate) fn pool(&self) -> PeerPool {
+        self.0.clone()
     }
 
     /// Whether some router serves, as far as this node can see.
@@ -100,6 +109,14 @@ impl Router {
         let outcomes = self.0.call(Call::idempotent(TIMEOUT), request, relay).await?.outcomes;
         check_count(count, outcomes.len())?;
         Ok(outcomes)
+    }
+
+    /// A part of what a channel keeps.
+    pub(crate) async fn history(&self, request: HistoryRequest) -> Result<HistoryResponse, RouterError> {
+        let read = async |channel, request| {
+            RouterClient::new(channel).max_decoding_message_size(MAX_MESSAGE).history(request).await
+        };
+        Ok(self.0.call(Call::idempotent(TIMEOUT), request, read).await?)
     }
 
     /// What the routers know of a message, each of a part of its way; and whether all could be asked.

@@ -5,8 +5,10 @@ use std::sync::{
 
 use parking_lot::Mutex;
 use prometheus_client::registry::Registry;
+use sanjay_proto::edge::v1::ConnectionEvents;
 use sanjay_proto::router::v1::{
-    LocateRequest, LocateResponse, PublishResponse, RelayResponse, TraceResponse,
+    AskRequest, AskResponse, LocateRequest, LocateResponse, PublishResponse, RelayResponse, TraceResponse,
+    WatchConnectionsRequest,
     router_server::{Router as RouterService, RouterServer},
 };
 use sanjay_runtime::{
@@ -46,11 +48,24 @@ impl Recording {
 
 #[tonic::async_trait]
 impl RouterService for Recording {
+    type WatchConnectionsStream = tokio_stream::Empty<Result<ConnectionEvents, Status>>;
+
+    async fn watch_connections(
+        &self,
+        _: Request<WatchConnectionsRequest>,
+    ) -> Result<Response<Self::WatchConnectionsStream>, Status> {
+        Err(Status::unimplemented("not asked here"))
+    }
+
     async fn publish(&self, request: Request<PublishRequest>) -> Result<Response<PublishResponse>, Status> {
         let publications = request.into_inner().publications;
         let results = publications.iter().map(|_| PublishResult::default()).collect();
         self.0.channels.lock().extend(publications.into_iter().map(|publication| publication.channel));
         self.answer(PublishResponse { results }).await
+    }
+
+    async fn ask(&self, _: Request<AskRequest>) -> Result<Response<AskResponse>, Status> {
+        Err(Status::unimplemented("not asked here"))
     }
 
     async fn relay(&self, request: Request<RelayRequest>) -> Result<Response<RelayResponse>, Status> {
@@ -62,6 +77,11 @@ impl RouterService for Recording {
 
     async fn locate(&self, _: Request<LocateRequest>) -> Result<Response<LocateResponse>, Status> {
         Err(Status::unimplemented("not asked here"))
+    }
+
+    async fn history(&self, request: Request<HistoryRequest>) -> Result<Response<HistoryResponse>, Status> {
+        let epoch = request.into_inner().epoch;
+        self.answer(HistoryResponse { epoch, ..HistoryResponse::default() }).await
     }
 
     async fn trace(&self, request: Request<TraceRequest>) -> Result<Response<TraceResponse>, Status> {

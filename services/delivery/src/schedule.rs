@@ -13,7 +13,7 @@ use uuid::Uuid;
 use crate::{
     message::State,
     paced::paced,
-    store::{AppendError, InboxStore, NewMessage, StoreError},
+    store::{AppendError, InboxStore, NewMessage, Scheduled, StoreError},
 };
 
 /// How often messages are looked for whose time has come: so late they may be, and a little more.
@@ -22,8 +22,12 @@ const EVERY: Duration = Duration::from_millis(250);
 /// Most messages of one claim.
 const MAX_CLAIM: usize = 128;
 
-/// For how long a claim holds: longer than the calls that finish it may take together.
-const CLAIM: Duration = Duration::from_secs(30);
+/// For how long a claim holds: so late are those that a node had in hand when it died. The calls that finish a claim take
+/// longer only when the store is in trouble; then another node does it all once more, which changes nothing.
+const CLAIM: Duration = Duration::from_secs(5);
+
+/// After how long a message is tried again that its inbox had no room for.
+const FULL: Duration = Duration::from_secs(30);
 
 /// Most look-ups at once.
 const MAX_LOOKS: usize = 16;
@@ -51,20 +55,19 @@ impl Schedule {
         let more = claimed.len() == MAX_CLAIM;
         // Of those that came due while nobody looked, or whose claim came to nothing, the earliest first.
         claimed.sort_by_key(|scheduled| scheduled.deliver_us);
-        let messages = claimed.into_iter().map(|scheduled| scheduled.message);
-        let looked: Vec<(NewMessage, Result<bool, StoreError>)> = stream::iter(messages)
-            .map(|message| async move {
-                let waits = self.waits(&message).await;
-                (message, waits)
+        let looked: Vec<(Scheduled, Result<bool, StoreError>)> = stream::iter(claimed)
+            .map(|scheduled| async move {
+                let waits = self.waits(&scheduled.message).await;
+                (scheduled, waits)
             })
             .buffered(MAX_LOOKS)
             .collect()
             .await;
-        let (mut done, mut appends, mut failed) = (Vec::new(), Vec::new(), None);
-        for (message, waits) in looked {
+        let (mut done, mut full, mut appends, mut failed) = (Vec::new(), Vec::new(), Vec::new(), None);
+        for (scheduled, waits) in looked {
             match waits {
-                Ok(true) => appends.push(self.due(message)),
-                Ok(false) => done.push(place(&message)),
+                Ok(true) => appends.push(self.due(scheduled)),
+                Ok(false) => done.push(place(&scheduled.message)),
                 Err(error) => failed = Some(error),
             }
         }
@@ -74,15 +77,21 @@ impl Schedule {
             match result {
                 Ok(_) => done.push(place),
                 Err(AppendError::Store(error)) => failed = Some(error),
-                // It was accepted, so it waits for room: it comes again when the claim ends.
-                Err(error) => tracing::warn!(
-                    message_id = %place.1, %error,
-                    "a scheduled message does not fit into its inbox; it is tried again every 30 s"
-                ),
+                // It was accepted, so it waits for room.
+                Err(error) => {
+                    tracing::warn!(
+                        message_id = %place.1, %error,
+                        "a scheduled message does not fit into its inbox; it is tried again every 30 s"
+                    );
+                    full.push(place);
+                }
             }
         }
         if !done.is_empty() {
             self.store.unschedule(done).await?;
+        }
+        if !full.is_empty() {
+            self.store.postpone(full, self.clock.now_us() + FULL.as_micros() as u64).await?;
         }
         failed.map_or(Ok(more), Err)
     }
@@ -93,10 +102,14 @@ impl Schedule {
         Ok(found.is_none_or(|receipt| receipt.state == State::Scheduled))
     }
 
-    /// A message as it is appended: accepted now, as far as the inbox is concerned.
-    fn due(&self, message: NewMessage) -> NewMessage {
-        let dedupe_key = format!("{KEY_PREFIX}{}", message.message_id);
-        NewMessage { time_us: self.clock.now_us(), dedupe_key, ..message }
+    /// A message as it is appended: accepted now, as far as the inbox is concerned, so that its time to live begins now.
+    fn due(&self, Scheduled { message, deliver_us }: Scheduled) -> NewMessage {
+        let (dedupe_key, time_us) = (format!("{KEY_PREFIX}{}", message.message_id), self.clock.now_us());
+        let expires_us = match message.expires_us {
+            0 => 0,
+            expires_us => time_us.saturating_add(expires_us.saturating_sub(deliver_us)),
+        };
+        NewMessage { time_us, expires_us, dedupe_key, ..message }
     }
 }
 

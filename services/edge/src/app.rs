@@ -13,6 +13,7 @@ use std::{
 
 use anyhow::Context as _;
 use prometheus_client::registry::Registry;
+use sanjay_proto::edge::v1::EdgeNode;
 use sanjay_runtime::{
     Context,
     grpc::{PeerMetrics, PeerPool, PoolOptions},
@@ -35,15 +36,19 @@ use crate::{
     config::MAX_SHARDS,
     connection::session,
     metrics::{Metrics, PEERS, RefusalLabel},
+    revocations::Revocations,
     shard::{Common, Shard, Upstream},
     upgrade::{Refusal, decide},
     upstream::{
-        ShardEvent, inbox,
+        ShardEvent, acks,
+        ask::Asker,
+        history, inbox,
         lane::Lane,
         link::{self, Parts},
+        revocations::{self, Watch},
         shards::{Replies, Shards},
     },
-    verifier::Hs256,
+    verifier::{Keyring, jwks, keyring::Published},
 };
 
 /// Requests that may wait for the control runtime before sockets are not read any more.
@@ -80,39 +85,69 @@ pub async fn start(
     let shards = shard_count(config.shards);
     let listeners = (0..shards).map(|_| reuse_port(address)).collect::<anyhow::Result<Vec<_>>>()?;
     let metrics = Arc::new(Metrics::register(registry));
+    let own = config.own_keys()?;
+    let source = config.published_keys()?;
+    let only_source = own.is_empty();
+    let published = source.is_some().then(Arc::<Published>::default);
+    let keyring = Keyring::new(own, published.clone(), config.token_rules(), metrics.tokens.clone());
     let common = Arc::new(Common {
-        verifier: Arc::new(Hs256::new(config.token_secret.clone())),
+        verifier: Arc::new(keyring),
         clock: Arc::clone(&context.clock),
         random: Arc::clone(&context.random),
         metrics: Arc::clone(&metrics),
+        revocations: Revocations::default(),
         connections: AtomicUsize::new(0),
+        namespaces: context.namespaces.clone(),
+        subscribers: Arc::default(),
         config,
     });
 
     let (link_sender, link_requests) = mpsc::channel(LANE);
     let (read_sender, read_requests) = mpsc::channel(LANE);
     let (ack_sender, ack_requests) = mpsc::channel(LANE);
+    let (history_sender, history_requests) = mpsc::channel(LANE);
     let mailboxes: Vec<_> = (0..shards).map(|_| mailbox(common.config.shard_queue)).collect();
     let (senders, receivers): (Vec<_>, Vec<_>) = mailboxes.into_iter().unzip();
     let replies = Replies::new(senders);
     for ((number, listener), events) in (0..).zip(listeners).zip(receivers) {
-        let upstream = (link_sender.clone(), read_sender.clone(), ack_sender.clone());
+        let upstream = (link_sender.clone(), read_sender.clone(), ack_sender.clone(), history_sender.clone());
         start_shard(number, Arc::clone(&common), upstream, listener, events, &context)?;
     }
+    if let (Some(source), Some(published)) = (source, published) {
+        let keys = jwks::Parts {
+            source,
+            pace: common.config.jwks_pace(),
+            published,
+            shards: replies.clone(),
+            // With other keys the edge has work to do while these are away.
+            ready: only_source.then(|| context.readiness.register("edge: token keys")),
+            clock: Arc::clone(&context.clock),
+            random: Arc::clone(&context.random),
+            metrics: metrics.tokens.clone(),
+        };
+        // It has nothing to finish, so it ends with the process.
+        let soft = context.lifecycle.soft();
+        context.lifecycle.spawn("edge: token keys", async move {
+            soft.run_until_cancelled(jwks::run(keys)).await;
+        });
+    }
     let peers = PeerMetrics::register(registry, "edge", &PEERS);
-    start_upstream(&common, &context, &peers, replies, (link_requests, read_requests, ack_requests))
+    let requests = (link_requests, read_requests, ack_requests, history_requests);
+    start_upstream(&common, &context, &peers, replies, requests)
 }
 
 type Senders = (
     mpsc::Sender<crate::upstream::LinkRequest>,
     mpsc::Sender<crate::upstream::ReadRequest>,
     mpsc::Sender<crate::upstream::AckRequest>,
+    mpsc::Sender<history::HistoryRead>,
 );
 
 type Receivers = (
     mpsc::Receiver<crate::upstream::LinkRequest>,
     mpsc::Receiver<crate::upstream::ReadRequest>,
     mpsc::Receiver<crate::upstream::AckRequest>,
+    mpsc::Receiver<history::HistoryRead>,
 );
 
 fn start_upstream(
@@ -120,7 +155,7 @@ fn start_upstream(
     context: &Context,
     peers: &PeerMetrics,
     replies: Replies,
-    (link_requests, reads, acks): Receivers,
+    (link_requests, reads, acks, histories): Receivers,
 ) -> anyhow::Result<()> {
     let config = &common.config;
     let ready = |name| context.readiness.register(name);
@@ -129,7 +164,8 @@ fn start_upstream(
         setting: "edge.router",
         endpoints: &config.router,
         service: ROUTER_SERVICE,
-        lanes: 1,
+        // Histories use a connection of their own, so that large ones hold up no publication.
+        lanes: 2,
         connect_timeout: CONNECT_TIMEOUT,
         ready: None,
         // That one serves is not enough: the edge must be attached, which the link knows.
@@ -155,18 +191,43 @@ fn start_upstream(
         node => node.to_owned(),
     };
     let metrics = &common.metrics;
+    let incarnation = context.random.next_u64();
+    let this = EdgeNode {
+        edge_id: node.clone(),
+        build: env!("CARGO_PKG_VERSION").to_owned(),
+        since_us: context.clock.now_us(),
+        connections: 0,
+        incarnation,
+    };
+    let asker = Asker::new(this, Arc::clone(common), replies.clone(), context.lifecycle.clone());
     context.lifecycle.spawn(
         "edge: router link",
         link::run(Parts {
             node: node.clone(),
-            incarnation: context.random.next_u64(),
-            routers: router,
+            incarnation,
+            routers: router.clone(),
             requests: link_requests,
             shards: Shards::new(replies.clone(), Arc::clone(metrics)),
             random: Arc::clone(&context.random),
             ready: ready("edge: router"),
             metrics: Arc::clone(metrics),
+            asker,
         }),
+    );
+    context.lifecycle.spawn(
+        "edge: revocations",
+        revocations::run(Watch {
+            node: node.clone(),
+            delivery: delivery.clone(),
+            common: Arc::clone(common),
+            shards: replies.clone(),
+            random: Arc::clone(&context.random),
+            ready: ready("edge: revocations"),
+        }),
+    );
+    context.lifecycle.spawn(
+        "edge: histories",
+        history::run(router.lane(1), histories, replies.clone(), Arc::clone(metrics)),
     );
     context.lifecycle.spawn(
         "edge: inbox reads",
@@ -174,7 +235,7 @@ fn start_upstream(
     );
     context.lifecycle.spawn(
         "edge: inbox acks",
-        inbox::ack(
+        acks::run(
             node,
             delivery.lane(1),
             acks,
@@ -216,7 +277,7 @@ fn reuse_port(address: SocketAddr) -> anyhow::Result<StdListener> {
 fn start_shard(
     number: u16,
     common: Arc<Common>,
-    (link, reads, acks): Senders,
+    (link, reads, acks, histories): Senders,
     listener: StdListener,
     events: mailbox::Receiver<ShardEvent>,
     context: &Context,
@@ -234,8 +295,12 @@ fn start_shard(
             Ok(runtime) => {
                 let _ = started.send(Ok(()));
                 runtime.block_on(async move {
-                    let upstream =
-                        Upstream { link: Lane::new(link), reads: Lane::new(reads), acks: Lane::new(acks) };
+                    let upstream = Upstream {
+                        link: Lane::new(link),
+                        reads: Lane::new(reads),
+                        acks: Lane::new(acks),
+                        histories: Lane::new(histories),
+                    };
                     let shard = Shard::<TcpStream>::new(number, common, upstream);
                     run_shard(shard, listener, events, soft).await;
                 });

@@ -1,10 +1,14 @@
 //! What can be set of an edge.
 
+mod tokens;
+
 use std::time::Duration;
 
 use sanjay_protocol::names;
-use sanjay_runtime::{ConfigError, Secret, Validate, grpc::Endpoints};
+use sanjay_runtime::{ConfigError, Secret, Validate, grpc::Endpoints, jwt::Algorithm};
 use serde::Deserialize;
+
+pub use self::tokens::TokenKey;
 
 /// Section `edge` of the configuration.
 #[derive(Debug, Clone, Deserialize)]
@@ -19,8 +23,28 @@ pub struct Config {
     pub router: Endpoints,
     /// The delivery nodes, in the same form; each call goes to one that serves.
     pub delivery: Endpoints,
-    /// The secret that signs clients' tokens (HS256), at least 32 bytes.
+    /// The secret that signs clients' tokens, at least as long as the hash of `token_algorithm`. May be left out where
+    /// there are other keys.
     pub token_secret: Secret,
+    /// What `token_secret` is for: `HS256`, `HS384` or `HS512`.
+    pub token_algorithm: Algorithm,
+    /// Public keys of whoever signs clients' tokens; while one is replaced, both.
+    pub token_keys: Vec<TokenKey>,
+    /// Where more public keys are published, as a JWKS document: `https://…` or `http://…`; empty: nowhere.
+    pub token_jwks_url: String,
+    /// Certificates in PEM that vouch for that server, in place of the public authorities, or the path of a file with
+    /// them.
+    pub token_jwks_ca: String,
+    /// Published keys are fetched again after so many milliseconds, or sooner when the server asks for that.
+    pub token_jwks_refresh_ms: u64,
+    /// From the end of a fetch to the next one there are at least so many milliseconds, whatever tokens come.
+    pub token_jwks_interval_ms: u64,
+    /// What a token's `aud` has to name; empty: it is not looked at.
+    pub token_audience: String,
+    /// What a token's `iss` has to be; empty: it is not looked at.
+    pub token_issuer: String,
+    /// A connection whose token has ended has so many seconds for another one, without new subscriptions or publishes.
+    pub token_grace_s: u64,
     /// Threads that own connections, 1 to 64. 0: one for each core.
     pub shards: usize,
     /// Origins from which browsers may connect: `https://example.com`, `https://*.example.com`,
@@ -57,6 +81,15 @@ impl Default for Config {
             router: "http://127.0.0.1:8083".into(),
             delivery: "http://127.0.0.1:8082".into(),
             token_secret: Secret::default(),
+            token_algorithm: Algorithm::Hs256,
+            token_keys: Vec::new(),
+            token_jwks_url: String::new(),
+            token_jwks_ca: String::new(),
+            token_jwks_refresh_ms: 300_000,
+            token_jwks_interval_ms: 10_000,
+            token_audience: String::new(),
+            token_issuer: String::new(),
+            token_grace_s: 25,
             shards: 0,
             allowed_origins: Vec::new(),
             max_connections: 100_000,
@@ -73,19 +106,12 @@ impl Default for Config {
     }
 }
 
-/// Shortest secret for HS256: as long as the hash (RFC 7518, section 3.2).
-const MIN_SECRET_BYTES: usize = 32;
-
 /// Most shards: their set is a 64-bit mask.
 pub const MAX_SHARDS: usize = 64;
 
 impl Validate for Config {
     fn validate(&self) -> Result<(), ConfigError> {
-        let secret = self.token_secret.expose().len();
-        if secret < MIN_SECRET_BYTES {
-            let wrong = format!("has {secret} bytes");
-            return Err(ConfigError::new("edge.token_secret", wrong, "set it to at least 32 random bytes"));
-        }
+        self.validate_tokens()?;
         if let Err(error) = names::check_optional("it", &self.node) {
             return Err(ConfigError::new(
                 "edge.node",
@@ -110,6 +136,9 @@ impl Validate for Config {
             ("edge.ack_deadline_ms", self.ack_deadline_ms, 100, 86_400_000),
             ("edge.stall_timeout_ms", self.stall_timeout_ms, 100, 600_000),
             ("edge.reconnect_spread_ms", self.reconnect_spread_ms, 0, 3_600_000),
+            ("edge.token_jwks_refresh_ms", self.token_jwks_refresh_ms, 100, 86_400_000),
+            ("edge.token_jwks_interval_ms", self.token_jwks_interval_ms, 100, 3_600_000),
+            ("edge.token_grace_s", self.token_grace_s, 0, 3_600),
             ("edge.max_connections", self.max_connections as u64, 1, u64::from(u32::MAX)),
             ("edge.max_outbox_bytes", self.max_outbox_bytes as u64, 128 * 1024, 1 << 30),
             ("edge.shard_queue", self.shard_queue as u64, 16, 1 << 24),

@@ -10,6 +10,7 @@ pub mod connection;
 pub mod in_flight;
 pub mod inbox;
 pub mod metrics;
+pub mod revocations;
 pub mod shard;
 pub mod spans;
 pub mod upgrade;

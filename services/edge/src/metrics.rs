@@ -1,5 +1,9 @@
 //! The edge's metrics.
 
+mod tokens;
+
+use std::sync::atomic::AtomicU64;
+
 use prometheus_client::{
     encoding::EncodeLabelSet,
     metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
@@ -11,6 +15,8 @@ use sanjay_runtime::{
     grpc::PeerMetrics,
     metrics::{Dependencies, latency},
 };
+
+pub use self::tokens::{FetchOutcome, TokenMetrics};
 
 /// The roles that an edge calls, as its peers' metrics name them.
 pub(crate) const PEERS: [&str; 2] = ["router", "delivery node"];
@@ -35,6 +41,35 @@ pub struct RefusalLabel {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct KindLabel {
     kind: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OutcomeLabel {
+    outcome: &'static str,
+}
+
+/// What became of a client that wanted to go on in a channel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Recovery {
+    /// It has all that it missed.
+    Recovered,
+    /// What it missed cannot be told.
+    Lost,
+    /// The history could not be read now.
+    Failed,
+}
+
+impl Recovery {
+    const ALL: [Self; 3] = [Self::Recovered, Self::Lost, Self::Failed];
+
+    fn label(self) -> OutcomeLabel {
+        let outcome = match self {
+            Self::Recovered => "recovered",
+            Self::Lost => "lost",
+            Self::Failed => "failed",
+        };
+        OutcomeLabel { outcome }
+    }
 }
 
 /// What happens on an edge. Counters are rates; nothing here is per user or channel.
@@ -74,6 +109,12 @@ pub struct Metrics {
     pub ack_deadlines: Counter,
     /// Times that a client was told that messages in flight were settled elsewhere.
     pub settled_pushes: Counter,
+    /// Connections that were closed because their tokens were revoked.
+    pub revoked: Counter,
+    /// Revocations that are known.
+    pub revocations: Gauge,
+    /// How long ago a delivery node said what is revoked.
+    pub revocations_age: Gauge<f64, AtomicU64>,
     /// From a channel message's time stamp until all sockets of a shard were written.
     pub channel_latency: Histogram,
     /// From an inbox message's time stamp until a socket was written.
@@ -84,6 +125,12 @@ pub struct Metrics {
     pub dropped_publications: Counter,
     /// Hints that found a shard's queue full.
     pub dropped_hints: Counter,
+    /// Reads of channels' histories.
+    pub history_reads: Counter,
+    /// Those that failed.
+    pub history_read_failures: Counter,
+    /// Clients that wanted to go on in a channel.
+    recoveries: Family<OutcomeLabel, Counter>,
     /// Inboxes that were read.
     pub inbox_reads: Counter,
     /// Reads that failed.
@@ -102,6 +149,8 @@ pub struct Metrics {
     pub router_breaker: Gauge,
     /// Likewise for delivery nodes.
     pub delivery_breaker: Gauge,
+    /// Tokens and their keys.
+    pub tokens: TokenMetrics,
 }
 
 impl Metrics {
@@ -130,11 +179,17 @@ impl Metrics {
             terms: Counter::default(),
             ack_deadlines: Counter::default(),
             settled_pushes: Counter::default(),
+            revoked: Counter::default(),
+            revocations: Gauge::default(),
+            revocations_age: Gauge::default(),
             channel_latency: of_kind("channel"),
             inbox_latency: of_kind("inbox"),
             gaps: Counter::default(),
             dropped_publications: Counter::default(),
             dropped_hints: Counter::default(),
+            history_reads: Counter::default(),
+            history_read_failures: Counter::default(),
+            recoveries: Family::default(),
             inbox_reads: Counter::default(),
             inbox_read_failures: Counter::default(),
             acks: Counter::default(),
@@ -144,10 +199,12 @@ impl Metrics {
             delivery_up: dependencies.of("delivery"),
             router_breaker: breakers.state("router"),
             delivery_breaker: breakers.state("delivery"),
+            tokens: TokenMetrics::register(registry),
         };
         metrics.register_connections(registry);
         metrics.register_messages(registry);
         metrics.register_upstream(registry);
+        metrics.register_histories(registry);
         let help = "From a message's acceptance to the write into sockets. Channel messages: the router's time stamp \
                     until all subscribers on a shard were written, one observation for each shard. Inbox messages: \
                     one for each first delivery from a hint";
@@ -202,12 +259,42 @@ impl Metrics {
         let help =
             "Times that a client was told that messages which it had not answered were settled elsewhere";
         registry.register("edge_settled_pushes", help, self.settled_pushes.clone());
+        let help = "Connections that were closed because a user, a session or a token was revoked; hellos are not among them";
+        registry.register("edge_revoked", help, self.revoked.clone());
+        let help = "Revocations of users, sessions and tokens that are known";
+        registry.register("edge_revocations", help, self.revocations.clone());
+        let help = "How long ago a delivery node last said what is revoked, or since the start when none has: above a few \
+                    seconds, tokens that were revoked meanwhile are still good here";
+        registry.register_with_unit(
+            "edge_revocations_age",
+            help,
+            Unit::Seconds,
+            self.revocations_age.clone(),
+        );
         let help = "Gaps that subscribers were told of, counted once for each channel and shard";
         registry.register("edge_gaps", help, self.gaps.clone());
         let help = "Channel messages that found a shard's queue full; not zero means overload";
         registry.register("edge_dropped_publications", help, self.dropped_publications.clone());
         let help = "Inbox hints that found a shard's queue full; not zero means overload";
         registry.register("edge_dropped_hints", help, self.dropped_hints.clone());
+    }
+
+    /// Counts a client that wanted to go on in a channel.
+    pub fn recovery(&self, outcome: Recovery) {
+        self.recoveries.get_or_create(&outcome.label()).inc();
+    }
+
+    fn register_histories(&self, registry: &mut Registry) {
+        for outcome in Recovery::ALL {
+            let _series = self.recoveries.get_or_create(&outcome.label());
+        }
+        let help = "Subscriptions from a position: everything missed was sent (recovered), that could not be told (lost), or \
+                    the history could not be read now (failed)";
+        registry.register("edge_recoveries", help, self.recoveries.clone());
+        let help = "Reads of channels' histories; those of one position at a time are one";
+        registry.register("edge_history_reads", help, self.history_reads.clone());
+        let help = "Reads of channels' histories that failed or were refused";
+        registry.register("edge_history_read_failures", help, self.history_read_failures.clone());
     }
 
     fn register_upstream(&self, registry: &mut Registry) {

@@ -1,7 +1,11 @@
-//! The port through which the edge checks tokens, and its adapter for a shared secret (HS256).
+//! The port through which the edge checks tokens, and its adapter: a ring of keys, of which some may be fetched.
 
-use sanjay_protocol::{limits::MAX_TOKEN_BYTES, token::Claims};
-use sanjay_runtime::{jwt, secret::Secret};
+pub mod jwks;
+pub mod keyring;
+
+use sanjay_protocol::token::Claims;
+
+pub use keyring::Keyring;
 
 /// Why a token was not accepted.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -12,6 +16,10 @@ pub enum VerifyError {
     /// The token cannot be checked now, such as when a key is not at hand.
     #[error("{0}")]
     Unavailable(String),
+    /// The token's key is being looked up. Every shard is told when that is done, well or not
+    /// ([`ShardEvent::KeysLookedUp`](crate::upstream::ShardEvent::KeysLookedUp)).
+    #[error("the token's key is being looked up; try again in a moment")]
+    LookingUp,
 }
 
 /// Checks tokens. Called on a shard's thread for each `hello`: it must not block.
@@ -21,27 +29,12 @@ pub trait TokenVerifier: Send + Sync + 'static {
     /// # Errors
     /// Says why the token was refused, or that it cannot be checked now.
     fn verify(&self, token: &str, now_s: u64) -> Result<Claims, VerifyError>;
-}
 
-/// Tokens signed with one shared secret.
-pub struct Hs256 {
-    secret: Secret,
-}
-
-impl Hs256 {
-    /// A verifier for tokens that `secret` signed.
-    #[must_use]
-    pub fn new(secret: Secret) -> Self {
-        Self { secret }
-    }
-}
-
-impl TokenVerifier for Hs256 {
-    fn verify(&self, token: &str, now_s: u64) -> Result<Claims, VerifyError> {
-        if token.len() > MAX_TOKEN_BYTES {
-            let why = format!("the token has {} bytes; at most {MAX_TOKEN_BYTES} are allowed", token.len());
-            return Err(VerifyError::Refused(why));
-        }
-        jwt::verify_hs256(token, &self.secret, now_s).map_err(|error| VerifyError::Refused(error.to_string()))
+    /// The same after keys were looked up: never [`VerifyError::LookingUp`].
+    ///
+    /// # Errors
+    /// As [`verify`](Self::verify).
+    fn verify_looked_up(&self, token: &str, now_s: u64) -> Result<Claims, VerifyError> {
+        self.verify(token, now_s)
     }
 }

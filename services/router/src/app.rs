@@ -4,7 +4,10 @@ use std::{sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use prometheus_client::registry::Registry as MetricsRegistry;
-use sanjay_proto::{edge::v1::router_link_server::RouterLinkServer, router::v1::router_server::RouterServer};
+use sanjay_proto::{
+    edge::v1::router_link_server::RouterLinkServer,
+    router::v1::{RouterNode, router_server::RouterServer},
+};
 use sanjay_runtime::{
     Context, MilestoneRing, ReadinessFlag, Validate,
     grpc::{MAX_MESSAGE, ServeOptions, cluster_auth, serve_with},
@@ -18,6 +21,7 @@ use tokio::{
 use tonic::service::{Routes, interceptor::InterceptedService};
 
 use crate::{
+    asks::Asks,
     bus::{
         Bus, BusError, Sink,
         measured::Measured,
@@ -26,6 +30,7 @@ use crate::{
     config::Config,
     fanout::Fanout,
     grpc::{RouterLinkService, RouterService},
+    history::Histories,
     leases::Leases,
     link::{LinkLimits, Links},
     metrics::Metrics,
@@ -40,6 +45,7 @@ use crate::{
     },
     relay::Relay,
     subscriptions::Subscriptions,
+    watchers::Watchers,
 };
 
 const SERVICES: [&str; 2] = ["sanjay.edge.v1.RouterLink", "sanjay.router.v1.Router"];
@@ -62,15 +68,18 @@ pub async fn start(
     let (clock, random) = (Arc::clone(&context.clock), Arc::clone(&context.random));
     let (known, bus): (Arc<dyn Registry>, Arc<dyn Bus>) = match config.redis()? {
         None => {
-            let limits = Limits { channels: config.max_channels, ..Limits::default() };
-            let memory = Memory::new(limits, clock, random);
+            let (channels, history_bytes) = (config.max_channels, config.max_history_bytes);
+            let limits = Limits { channels, history_bytes, ..Limits::default() };
+            let memory = Memory::keeping(limits, context.namespaces.clone(), clock, random);
             (Arc::new(memory.registry()), Arc::new(memory.bus(config.node.as_str().into())))
         }
         Some(redis) => {
             tracing::info!(redis = redis.address(), db = redis.db, "routers meet in Redis");
             let lease = Duration::from_millis(config.lease_ms.into());
             let metrics = RedisMetrics::register(registry);
-            let known = RedisRegistry::new(redis.clone(), lease, clock, Arc::clone(&random), metrics)?;
+            let namespaces = context.namespaces.clone();
+            let known =
+                RedisRegistry::new(redis.clone(), lease, clock, Arc::clone(&random), metrics, namespaces)?;
             let (lifecycle, metrics) = (context.lifecycle.clone(), BusMetrics::register(registry));
             let bus = RedisBus::new(redis, &config.node, lifecycle, random, metrics);
             (Arc::new(known), Arc::new(bus.context("cannot set up Redis")?))
@@ -108,7 +117,8 @@ pub async fn start_with(
         Err(error @ BusError::Unavailable(_)) => tracing::warn!(%error, "the bus is not there yet"),
         listening => listening.context("listening on the bus")?,
     }
-    let publisher = Arc::new(Publisher::new(Arc::clone(&registry), Arc::clone(&milestones), metrics.clone()));
+    let publisher = Publisher::new(Arc::clone(&registry), Arc::clone(&milestones), metrics.clone());
+    let publisher = Arc::new(publisher.with_namespaces(context.namespaces.clone()));
     let relay = Arc::new(Relay::new(
         Arc::clone(&registry),
         Arc::clone(&bus),
@@ -120,13 +130,23 @@ pub async fn start_with(
     ));
     let reconciler =
         Reconciler::new(Arc::clone(&fanout), Arc::clone(&registry), metrics.clone(), !bus.is_candid());
+    let asks = Arc::new(Asks::new(Arc::clone(&fanout), context.random.next_u64(), lease));
+    let watchers = Arc::new(Watchers::new(Arc::clone(&fanout), Arc::clone(&context.clock)));
+    let node = RouterNode {
+        router_id: config.node.clone(),
+        build: env!("CARGO_PKG_VERSION").into(),
+        since_us: context.clock.now_us(),
+        edges: 0,
+    };
     let links = Arc::new(Links {
         fanout: Arc::clone(&fanout),
         subscriptions: Subscriptions::new(Arc::clone(&fanout), bus, Arc::clone(&registry)),
+        asks: Arc::clone(&asks),
+        watchers: Arc::clone(&watchers),
         registry: Arc::clone(&registry),
         publisher: Arc::clone(&publisher),
         milestones: Arc::clone(&milestones),
-        metrics,
+        metrics: metrics.clone(),
         lifecycle: context.lifecycle.clone(),
         router,
         incarnation: context.random.next_u64(),
@@ -143,8 +163,18 @@ pub async fn start_with(
     ready.set(*serving.borrow());
     let auth = cluster_auth(&context.cluster_key);
     let link = RouterLinkServer::new(RouterLinkService { links }).max_decoding_message_size(MAX_MESSAGE);
-    let server = RouterServer::new(RouterService { publisher, relay, milestones })
-        .max_decoding_message_size(MAX_MESSAGE);
+    let histories = Histories::new(Arc::clone(&registry), context.namespaces.clone(), metrics);
+    let server = RouterServer::new(RouterService {
+        publisher,
+        relay,
+        milestones,
+        histories,
+        asks,
+        node,
+        watchers,
+        soft: context.lifecycle.soft(),
+    })
+    .max_decoding_message_size(MAX_MESSAGE);
     let routes = Routes::new(InterceptedService::new(link, auth.clone()))
         .add_service(InterceptedService::new(server, auth.clone()));
     let options = ServeOptions {

@@ -40,6 +40,9 @@ pub struct Config {
     pub max_sessions_per_edge: usize,
     /// Most channels that the memory registry has state of, about 300 bytes each.
     pub max_channels: usize,
+    /// Most bytes that the histories of all channels may take in the memory registry (at least 1 MiB); the oldest
+    /// publications go first. Redis has a bound of its own.
+    pub max_history_bytes: usize,
     /// Recent milestones that are kept for tracing, about 100 bytes each.
     pub milestones: usize,
     /// Whether the gRPC server describes its services to whoever asks.
@@ -95,6 +98,7 @@ impl Default for Config {
             max_channels_per_edge: 1_000_000,
             max_sessions_per_edge: 1_000_000,
             max_channels: 4_000_000,
+            max_history_bytes: 256 * 1024 * 1024,
             milestones: 65_536,
             reflection: true,
         }
@@ -129,6 +133,7 @@ impl Validate for Config {
             ("router.max_channels_per_edge", self.max_channels_per_edge, 1),
             ("router.max_sessions_per_edge", self.max_sessions_per_edge, 1),
             ("router.max_channels", self.max_channels, 64),
+            ("router.max_history_bytes", self.max_history_bytes, 1024 * 1024),
             ("router.milestones", self.milestones, 1),
         ];
         for (key, value, least) in least {

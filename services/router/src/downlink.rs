@@ -15,7 +15,7 @@ use std::{
 use parking_lot::Mutex;
 use sanjay_proto::{
     client::v1::Publication,
-    edge::v1::{ChannelGap, InboxHint, Resync, RouterEvent, router_event::Event},
+    edge::v1::{Ask, ChannelGap, InboxHint, Resync, RouterEvent, WatchConnections, router_event::Event},
 };
 use sanjay_runtime::mailbox::{Receiver, Sender, mailbox};
 use tokio::sync::Semaphore;
@@ -42,6 +42,10 @@ pub(crate) enum Down {
     Gap { channel: Arc<str>, top: Top },
     /// Hints were dropped.
     Resync,
+    /// A question of a back end.
+    Ask(Ask),
+    /// Whether somebody watches connections.
+    Watch(bool),
 }
 
 impl From<Down> for RouterEvent {
@@ -56,6 +60,8 @@ impl From<Down> for RouterEvent {
                 top: top.offset,
             }),
             Down::Resync => Event::Resync(Resync {}),
+            Down::Ask(ask) => Event::Ask(ask),
+            Down::Watch(on) => Event::WatchConnections(WatchConnections { on }),
         };
         RouterEvent { event: Some(event) }
     }
@@ -88,6 +94,8 @@ pub(crate) struct Downlink {
     replies: Semaphore,
     marks: Mutex<Marks>,
     marked: AtomicBool,
+    /// Whether the edge was told that somebody watches connections.
+    watched: AtomicBool,
     metrics: Metrics,
 }
 
@@ -113,6 +121,7 @@ impl Downlink {
             replies: Semaphore::new(MAX_WAITING_REPLIES),
             marks: Mutex::default(),
             marked: AtomicBool::new(false),
+            watched: AtomicBool::new(false),
             metrics,
         };
         (Arc::new(downlink), receiver)
@@ -156,6 +165,19 @@ impl Downlink {
     pub(crate) fn reply(&self, event: Event) {
         // A stream that is gone needs no reply: the edge asks again on its next one.
         let _ = self.sender.send_reserved(Down::Reply(event));
+    }
+
+    /// Asks the edge; there are only so many questions under way.
+    pub(crate) fn ask(&self, ask: Ask) {
+        // A stream that is gone gives no answer, and the asker sees that.
+        let _ = self.sender.send_reserved(Down::Ask(ask));
+    }
+
+    /// Says whether somebody watches connections; that changes seldom.
+    pub(crate) fn watch(&self, on: bool) {
+        if self.watched.swap(on, Ordering::Relaxed) != on {
+            let _ = self.sender.send_reserved(Down::Watch(on));
+        }
     }
 
     /// Sends a publication, or marks its channel when there is no room; false when it was not sent.
@@ -279,6 +301,8 @@ mod tests {
             Down::Hint(_) => "hint".into(),
             Down::Gap { channel, top } => format!("gap {channel} {}", top.offset),
             Down::Resync => "resync".into(),
+            Down::Ask(ask) => format!("ask {}", ask.request),
+            Down::Watch(on) => format!("watch {on}"),
         };
         taken.into_iter().map(text).collect()
     }

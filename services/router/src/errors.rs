@@ -4,7 +4,7 @@ use sanjay_proto::edge::v1::LinkError;
 use sanjay_protocol::error::ErrorCode;
 
 use crate::{
-    bus::BusError, link::EventError, publish::PublishError, registry::RegistryError,
+    bus::BusError, history::HistoryError, link::EventError, publish::PublishError, registry::RegistryError,
     subscriptions::SubscribeError,
 };
 
@@ -49,8 +49,18 @@ impl Coded for PublishError {
             PublishError::Name(_) | PublishError::NoPayload | PublishError::MessageId(_) => {
                 ErrorCode::BadRequest
             }
-            PublishError::TooLarge(_) => ErrorCode::PayloadTooLarge,
+            PublishError::TooLarge(_) | PublishError::TooLargeHere { .. } => ErrorCode::PayloadTooLarge,
+            PublishError::BackendsOnly(_) => ErrorCode::Forbidden,
             PublishError::Registry(error) => error.code(),
+        }
+    }
+}
+
+impl Coded for HistoryError {
+    fn code(&self) -> ErrorCode {
+        match self {
+            HistoryError::Name(_) | HistoryError::Limit(_) | HistoryError::Off(_) => ErrorCode::BadRequest,
+            HistoryError::Registry(error) => error.code(),
         }
     }
 }

@@ -4,24 +4,32 @@ use std::{pin::Pin, sync::Arc, time::Duration};
 
 use futures::{Stream, StreamExt, stream};
 use sanjay_proto::{
-    edge::v1::{AttachRequest, AttachResponse, EdgeEvent, EdgeHello, router_link_server::RouterLink},
+    edge::v1::{
+        AttachRequest, AttachResponse, ConnectionEvents, EdgeEvent, EdgeHello, router_link_server::RouterLink,
+    },
     router::v1::{
-        LocateRequest, LocateResponse, PublishRequest, PublishResponse, PublishResult, RelayRequest,
-        RelayResponse, SessionLocation, TraceRequest, TraceResponse, UserLocation, router_server::Router,
+        AskRequest, AskResponse, EdgeStart, HistoryRequest, HistoryResponse, LocateRequest, LocateResponse,
+        PublishRequest, PublishResponse, PublishResult, RelayRequest, RelayResponse, RouterNode,
+        SessionLocation, TraceRequest, TraceResponse, UserLocation, WatchConnectionsRequest,
+        router_server::Router,
     },
 };
 use sanjay_protocol::names;
 use sanjay_runtime::MilestoneRing;
 use tokio::{sync::oneshot, time::timeout};
+use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::{
+    asks::{Asked, Asks},
     downlink::End,
     errors::link_error,
+    history::Histories,
     link::{AttachError, Links},
     publish::Publisher,
-    registry::{Assigned, Location},
+    registry::{Assigned, EdgeRef, Location},
     relay::{Relay, Whereabouts},
+    watchers::Watchers,
     writer::Writer,
 };
 
@@ -30,6 +38,9 @@ const MAX_BATCH: usize = 1_000;
 
 /// Most users of one `Locate`.
 const MAX_LOCATE: usize = 500;
+
+/// How long a watcher hears nothing at most.
+const IDLE: Duration = Duration::from_secs(10);
 
 /// How long a stream may stay without its first message.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
@@ -44,6 +55,12 @@ pub(crate) struct RouterService {
     pub(crate) publisher: Arc<Publisher>,
     pub(crate) relay: Arc<Relay>,
     pub(crate) milestones: Arc<MilestoneRing>,
+    pub(crate) histories: Histories,
+    pub(crate) asks: Arc<Asks>,
+    pub(crate) node: RouterNode,
+    pub(crate) watchers: Arc<Watchers>,
+    /// Ends streams on shutdown.
+    pub(crate) soft: CancellationToken,
 }
 
 #[tonic::async_trait]
@@ -124,6 +141,8 @@ fn ending(end: &End) -> Option<Status> {
 
 #[tonic::async_trait]
 impl Router for RouterService {
+    type WatchConnectionsStream = Pin<Box<dyn Stream<Item = Result<ConnectionEvents, Status>> + Send>>;
+
     async fn publish(&self, request: Request<PublishRequest>) -> Result<Response<PublishResponse>, Status> {
         let publications = request.into_inner().publications;
         check_count("publications", publications.len(), MAX_BATCH)?;
@@ -164,6 +183,14 @@ impl Router for RouterService {
         Ok(Response::new(LocateResponse { locations: found.into_iter().map(user_location).collect() }))
     }
 
+    async fn history(&self, request: Request<HistoryRequest>) -> Result<Response<HistoryResponse>, Status> {
+        let answer = self.histories.read(request.into_inner()).await;
+        Ok(Response::new(answer.unwrap_or_else(|error| HistoryResponse {
+            error: Some(link_error(&error)),
+            ..HistoryResponse::default()
+        })))
+    }
+
     async fn trace(&self, request: Request<TraceRequest>) -> Result<Response<TraceResponse>, Status> {
         let id = request.into_inner().message_id;
         if id.len() != 16 {
@@ -171,6 +198,43 @@ impl Router for RouterService {
             return Err(Status::invalid_argument(text));
         }
         Ok(Response::new(TraceResponse { milestones: self.milestones.of(&id) }))
+    }
+
+    async fn watch_connections(
+        &self,
+        _: Request<WatchConnectionsRequest>,
+    ) -> Result<Response<Self::WatchConnectionsStream>, Status> {
+        let watcher = self.watchers.watch().map_err(|error| Status::resource_exhausted(error.to_string()))?;
+        let watching = (watcher, self.soft.clone());
+        let events = stream::unfold(watching, |(mut watcher, soft)| async {
+            let next = soft.run_until_cancelled(timeout(IDLE, watcher.next())).await?;
+            let events = match next {
+                Ok(Some(Ok(events))) => ConnectionEvents::clone(&events),
+                Ok(Some(Err(missed))) => ConnectionEvents { events: Vec::new(), missed },
+                Ok(None) => return None,
+                Err(_) => ConnectionEvents::default(),
+            };
+            Some((Ok(events), (watcher, soft)))
+        });
+        Ok(Response::new(Box::pin(events)))
+    }
+
+    async fn ask(&self, request: Request<AskRequest>) -> Result<Response<AskResponse>, Status> {
+        let question = request.into_inner().question.filter(|question| question.question.is_some());
+        let question =
+            question.ok_or_else(|| Status::invalid_argument("question is missing, or a newer build's"))?;
+        // Before the edges are asked: who attaches after that is not away.
+        let settled = self.relay.is_settled();
+        let asked = self.asks.ask(question).await;
+        let asked = asked.map_err(|busy| Status::unavailable(busy.to_string()))?;
+        let Asked { answer, answered, away, edges } = asked;
+        Ok(Response::new(AskResponse {
+            answer: Some(answer),
+            router: Some(RouterNode { edges: u32::try_from(edges).unwrap_or(u32::MAX), ..self.node.clone() }),
+            answered: answered.into_iter().map(edge_start).collect(),
+            away: away.into_iter().map(edge_start).collect(),
+            settled,
+        }))
     }
 }
 
@@ -181,6 +245,10 @@ fn check_count(field: &str, count: usize, most: usize) -> Result<(), Status> {
     Err(Status::invalid_argument(format!(
         "{field} has {count} entries; at most {most} are allowed in a call"
     )))
+}
+
+fn edge_start(edge: EdgeRef) -> EdgeStart {
+    EdgeStart { edge_id: edge.id.to_string(), incarnation: edge.incarnation }
 }
 
 fn publish_result(assigned: Assigned) -> PublishResult {

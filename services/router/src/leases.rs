@@ -64,22 +64,23 @@ impl Leases {
     }
 }
 
-/// Sweeps after some time, and again a lease later for as long as the registry refuses.
+/// Sweeps after some time, and again a lease later for as long as the registry refuses. Returns how many sessions that
+/// removed.
 pub(crate) async fn sweep_after(
     time: Duration,
     lease: Duration,
     registry: &dyn Registry,
     attachment: &Attachment,
-) {
+) -> usize {
     let refused = Outage::default();
     let edge = &attachment.edge.id;
     sleep(time).await;
     loop {
         match registry.sweep(attachment).await {
-            Ok(0) => return,
+            Ok(0) => return 0,
             Ok(sessions) => {
                 tracing::info!(%edge, sessions, "removed sessions that nobody vouched for");
-                return;
+                return sessions;
             }
             Err(error) if refused.begins() => {
                 tracing::warn!(%error, %edge, "could not sweep sessions; trying again");

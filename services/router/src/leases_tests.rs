@@ -11,7 +11,7 @@ use crate::{
     downlink::{Downlink, End},
     metrics::Metrics,
     registry::{
-        Assigned, EdgeRef, Location, Top, UserSession,
+        Assigned, EdgeRef, HistoryPage, HistoryQuery, Location, Top, UserSession,
         memory::{Limits, Memory, MemoryRegistry},
     },
 };
@@ -43,6 +43,10 @@ impl Registry for Fragile {
 
     async fn tops(&self, channels: &[Arc<str>]) -> Vec<Result<Top, RegistryError>> {
         self.registry.tops(channels).await
+    }
+
+    async fn history(&self, query: &HistoryQuery) -> Result<HistoryPage, RegistryError> {
+        self.registry.history(query).await
     }
 
     async fn attach(&self, edge: &EdgeRef, router: &Arc<str>) -> Result<Attachment, RegistryError> {

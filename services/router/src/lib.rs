@@ -2,12 +2,14 @@
 //! messages and inbox hints to the edges that want them.
 
 mod app;
+mod asks;
 pub mod bus;
 mod config;
 mod downlink;
 mod errors;
 mod fanout;
 mod grpc;
+mod history;
 mod leases;
 mod link;
 #[cfg(test)]
@@ -21,6 +23,7 @@ pub mod registry;
 mod relay;
 mod spans;
 mod subscriptions;
+mod watchers;
 mod writer;
 
 pub use app::{start, start_with};

@@ -1,7 +1,7 @@
 //! One edge's stream: takes its events in order, answers them, and leaves nothing behind when it ends.
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     fmt::Display,
     sync::{Arc, atomic::Ordering},
     time::Duration,
@@ -20,6 +20,7 @@ use sanjay_protocol::names::{self, NameError};
 use sanjay_runtime::{Lifecycle, MilestoneRing};
 
 use crate::{
+    asks::Asks,
     downlink::{Downlink, End},
     errors::link_error,
     fanout::Fanout,
@@ -29,6 +30,7 @@ use crate::{
     publish::Publisher,
     registry::{Assigned, EdgeRef, Registry, RegistryError, SessionId, UserSession},
     subscriptions::{Subscriptions, refusal},
+    watchers::Watchers,
     writer::Writer,
 };
 
@@ -42,6 +44,8 @@ const ANNOUNCE_LEASES: u32 = 6;
 pub(crate) struct Links {
     pub(crate) fanout: Arc<Fanout>,
     pub(crate) subscriptions: Subscriptions,
+    pub(crate) asks: Arc<Asks>,
+    pub(crate) watchers: Arc<Watchers>,
     pub(crate) registry: Arc<dyn Registry>,
     pub(crate) publisher: Arc<Publisher>,
     pub(crate) milestones: Arc<MilestoneRing>,
@@ -118,6 +122,8 @@ impl Links {
         let attachment = self.registry.attach(&edge, &self.router).await?;
         let (downlink, receiver) = Downlink::new(attachment, self.limits.mailbox, self.metrics.clone());
         self.fanout.attach(&downlink);
+        self.asks.came(&downlink.attachment.edge);
+        self.watchers.came(&downlink);
         tracing::info!(edge = %edge.id, incarnation = edge.incarnation, build = hello.build, "edge attached");
         let answer = RouterHello {
             version: LINK_VERSION,
@@ -131,7 +137,7 @@ impl Links {
             shared: Arc::clone(self),
             downlink,
             channels: HashSet::new(),
-            sessions: HashSet::new(),
+            sessions: HashMap::new(),
             run: Run::default(),
         };
         Ok((link, writer))
@@ -143,7 +149,8 @@ pub(crate) struct Link {
     shared: Arc<Links>,
     downlink: Arc<Downlink>,
     channels: HashSet<Arc<str>>,
-    sessions: HashSet<SessionId>,
+    /// With their users.
+    sessions: HashMap<SessionId, Arc<str>>,
     run: Run,
 }
 
@@ -258,6 +265,14 @@ impl Link {
                 self.shared.milestones.absorb(event.milestones);
                 None
             }
+            edge_event::Event::ConnectionEvents(events) => {
+                self.shared.watchers.tell(self.edge(), events);
+                None
+            }
+            edge_event::Event::Answered(event) => {
+                self.shared.asks.answered(event.request, event.answer.unwrap_or_default());
+                None
+            }
         };
         if let Some(refusal) = refused
             && self.reserve(1).await
@@ -289,10 +304,10 @@ impl Link {
     fn add_session(&mut self, user: &str, session: &[u8], inbox: bool) -> Result<(), EventError> {
         let session = user_session(user, session, inbox)?;
         let limit = self.shared.limits.sessions;
-        if self.sessions.len() >= limit && !self.sessions.contains(&session.session) {
+        if self.sessions.len() >= limit && !self.sessions.contains_key(&session.session) {
             return Err(EventError::TooManySessions(limit));
         }
-        self.sessions.insert(session.session);
+        self.sessions.insert(session.session, Arc::clone(&session.user));
         self.run.sessions.push(session);
         Ok(())
     }
@@ -378,13 +393,16 @@ impl Link {
 
     /// Takes back what the edge held here.
     async fn close(self, end: End) {
-        let Link { shared, downlink, channels, .. } = self;
+        let Link { shared, downlink, channels, sessions, .. } = self;
         downlink.end(end);
         let reason = downlink.reason().cloned();
         let attachment = &downlink.attachment;
         let edge = &attachment.edge;
         tracing::info!(edge = %edge.id, incarnation = edge.incarnation, ?reason, "edge detached");
         shared.fanout.detach(&downlink);
+        if !sessions.is_empty() {
+            shared.asks.went(edge);
+        }
         let channels: Vec<_> = channels.into_iter().collect();
         for run in channels.chunks(RUN) {
             shared.subscriptions.unsubscribe(&downlink, run).await;
@@ -398,7 +416,11 @@ impl Link {
             // A router that ends leaves the sweep to those that stay.
             let soft = shared.lifecycle.soft();
             let lease = shared.limits.lease;
-            soft.run_until_cancelled(sweep_after(lease, lease, &*shared.registry, &attachment)).await;
+            let sweep = sweep_after(lease, lease, &*shared.registry, &attachment);
+            // Nobody vouched for them: the edge came back nowhere.
+            if soft.run_until_cancelled(sweep).await.is_some_and(|swept| swept > 0) {
+                shared.watchers.gone(&attachment.edge.id, sessions);
+            }
         });
     }
 
@@ -414,7 +436,7 @@ impl Link {
             tokio::select! {
                 () = downlink.ended.cancelled() => {}
                 () = soft.cancelled() => {}
-                () = sweep => {}
+                _ = sweep => {}
             }
         }
     }
@@ -435,7 +457,9 @@ impl Kind {
             edge_event::Event::OpenSession(_) => Some(Kind::Open),
             edge_event::Event::CloseSession(_) => Some(Kind::Close),
             edge_event::Event::Publish(_) => Some(Kind::Publish),
-            edge_event::Event::Milestones(_) => None,
+            edge_event::Event::Milestones(_)
+            | edge_event::Event::Answered(_)
+            | edge_event::Event::ConnectionEvents(_) => None,
         }
     }
 }

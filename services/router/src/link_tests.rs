@@ -30,6 +30,7 @@ use tokio::{
 use tokio_stream::wrappers::ReceiverStream;
 
 use crate::{
+    asks::Asks,
     bus::{Bus, BusError, EdgeHint, Sink},
     downlink::End,
     fanout::Fanout,
@@ -44,8 +45,12 @@ use crate::{
     },
     relay::Relay,
     subscriptions::Subscriptions,
+    watchers::Watchers,
     writer::Writer,
 };
+
+#[path = "asks_tests.rs"]
+mod asks;
 
 const LEASE: Duration = Duration::from_secs(10);
 
@@ -112,6 +117,8 @@ async fn router(memory: &Arc<Memory>, name: &str, mailbox: usize) -> Router {
     let lifecycle = Lifecycle::new();
     let links = Arc::new(Links {
         fanout: Arc::clone(&fanout),
+        asks: Arc::new(Asks::new(Arc::clone(&fanout), 1, LEASE)),
+        watchers: Arc::new(Watchers::new(Arc::clone(&fanout), Arc::new(ManualClock::new(1)))),
         subscriptions: Subscriptions::new(fanout, dyn_bus, Arc::clone(&dyn_registry)),
         registry: dyn_registry,
         publisher: Arc::new(publisher),
@@ -213,6 +220,8 @@ fn text(event: &RouterEvent) -> String {
         Event::Inbox(event) => format!("inbox {}", event.user),
         Event::Gap(event) => format!("gap {} {}", event.channel, event.top),
         Event::Resync(_) => "resync".into(),
+        Event::Ask(event) => format!("ask {}", event.request),
+        Event::WatchConnections(event) => format!("watch {}", event.on),
     }
 }
 

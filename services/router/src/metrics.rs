@@ -26,6 +26,10 @@ pub(crate) struct Metrics {
     pub(crate) resyncs: Counter,
     /// Channels of which the bus lost something that no later publication revealed.
     pub(crate) losses: Counter,
+    /// How long reading a history takes.
+    pub(crate) history_seconds: Histogram,
+    /// Positions that a history could not be continued from.
+    pub(crate) lost_positions: Counter,
     /// How long publishing takes, for a call.
     pub(crate) publish_seconds: Histogram,
     /// From a publication's time stamp to its arrival from the bus.
@@ -93,6 +97,8 @@ impl Default for Metrics {
             gaps: Counter::default(),
             resyncs: Counter::default(),
             losses: Counter::default(),
+            history_seconds: latency(),
+            lost_positions: Counter::default(),
             publish_seconds: latency(),
             bus_latency: latency(),
             drops: DropReason::ALL.map(|reason| dropped.get_or_create_owned(&DropLabels { reason })),
@@ -127,12 +133,16 @@ impl Metrics {
         counter("router_resyncs", help, &metrics.resyncs);
         let help = "Channels found behind the registry, whose subscribers were told a gap";
         counter("router_losses", help, &metrics.losses);
+        let help = "Positions in channels that could not be continued: another epoch, or something behind them is kept no more";
+        counter("router_lost_positions", help, &metrics.lost_positions);
         let help = "Publications and hints that an edge did not get: it reads too slowly (full), its stream ended \
                     (gone), nobody holds the channel or user any more (no_interest), or it came twice or after it was \
                     given up as lost (repeated)";
         registry.register("router_dropped", help, metrics.dropped.clone());
         let help = "Inbox hints by what became of them; unknown: the router cannot say where the user is";
         registry.register("router_relays", help, metrics.relays.clone());
+        let help = "Time that reading a part of a channel's history takes";
+        registry.register_with_unit("router_history", help, Unit::Seconds, metrics.history_seconds.clone());
         let help = "Time from a call with publishes to their offsets, one observation for each call";
         registry.register_with_unit("router_publish", help, Unit::Seconds, metrics.publish_seconds.clone());
         let help = "Time from a publication's time stamp to its arrival from the bus, on each router that holds the \

@@ -10,7 +10,11 @@ use sanjay_protocol::{
     limits::MAX_PAYLOAD_BYTES,
     names::{self, NameError},
 };
-use sanjay_runtime::{MilestoneRing, metrics::Timer};
+use sanjay_runtime::{
+    MilestoneRing, Namespaces, SharedNamespaces,
+    metrics::Timer,
+    namespaces::{Publishers, name_of},
+};
 use tracing::Span;
 
 use crate::{
@@ -22,6 +26,7 @@ use crate::{
 /// Publishes for edges and delivery nodes.
 pub(crate) struct Publisher {
     registry: Arc<dyn Registry>,
+    namespaces: SharedNamespaces,
     milestones: Arc<MilestoneRing>,
     metrics: Metrics,
 }
@@ -38,6 +43,19 @@ pub(crate) enum PublishError {
     /// More than [`MAX_PAYLOAD_BYTES`].
     #[error("payload has {0} bytes; at most {MAX_PAYLOAD_BYTES} are allowed")]
     TooLarge(usize),
+    /// More than the channel's namespace allows.
+    #[error("payload has {size} bytes; at most {most} are allowed in the namespace \"{namespace}\"")]
+    TooLargeHere {
+        /// The payload's bytes.
+        size: usize,
+        /// The bound.
+        most: usize,
+        /// The namespace that the channel names.
+        namespace: String,
+    },
+    /// A client published where only back ends do.
+    #[error("only back ends publish to channels of the namespace \"{0}\"")]
+    BackendsOnly(String),
     /// Not a UUID.
     #[error("message_id has {0} bytes; it needs the 16 bytes of a UUID")]
     MessageId(usize),
@@ -48,7 +66,12 @@ pub(crate) enum PublishError {
 
 impl Publisher {
     pub(crate) fn new(registry: Arc<dyn Registry>, milestones: Arc<MilestoneRing>, metrics: Metrics) -> Self {
-        Self { registry, milestones, metrics }
+        Self { registry, namespaces: SharedNamespaces::default(), milestones, metrics }
+    }
+
+    /// With settings of channels, which may change.
+    pub(crate) fn with_namespaces(self, namespaces: SharedNamespaces) -> Self {
+        Self { namespaces, ..self }
     }
 
     /// Publishes in the order given; a refused one does not hold up the others. Answers stand in the same
@@ -58,7 +81,8 @@ impl Publisher {
         publications: Vec<NewPublication>,
     ) -> Vec<Result<Assigned, PublishError>> {
         let _timer = Timer::start(&self.metrics.publish_seconds);
-        let mut answers: Vec<_> = publications.iter().map(check).collect();
+        let namespaces = self.namespaces.current();
+        let mut answers: Vec<_> = publications.iter().map(|new| check(new, &namespaces)).collect();
         let mut good: Vec<_> = publications
             .into_iter()
             .zip(&answers)
@@ -92,13 +116,23 @@ impl Publisher {
     }
 }
 
-fn check(new: &NewPublication) -> Result<Option<Assigned>, PublishError> {
+fn check(new: &NewPublication, namespaces: &Namespaces) -> Result<Option<Assigned>, PublishError> {
     names::check("channel", &new.channel)?;
     names::check_optional("publisher", &new.publisher)?;
     names::check_optional("dedupe_key", &new.dedupe_key)?;
     let size = payload_size(new.payload.as_ref()).ok_or(PublishError::NoPayload)?;
     if size > MAX_PAYLOAD_BYTES {
         return Err(PublishError::TooLarge(size));
+    }
+    let namespace = namespaces.of(&new.channel);
+    let name = || name_of(&new.channel).to_owned();
+    if size > namespace.max_payload_bytes {
+        let most = namespace.max_payload_bytes;
+        return Err(PublishError::TooLargeHere { size, most, namespace: name() });
+    }
+    // The edge has refused it before, unless it has other settings.
+    if namespace.publish == Publishers::Backends && !new.publisher.is_empty() {
+        return Err(PublishError::BackendsOnly(name()));
     }
     if new.message_id.len() != 16 {
         return Err(PublishError::MessageId(new.message_id.len()));

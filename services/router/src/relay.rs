@@ -135,7 +135,7 @@ impl Relay {
     }
 
     /// Whether nobody else can be connected than whom the registry told of; to be asked after it told.
-    fn is_settled(&self) -> bool {
+    pub(crate) fn is_settled(&self) -> bool {
         Instant::now() >= self.settled_at && self.registry.is_settled()
     }
 

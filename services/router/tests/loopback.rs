@@ -55,6 +55,7 @@ async fn router(config: Config) -> Router {
         random: Arc::new(OsRandom),
         lifecycle: lifecycle.clone(),
         readiness: Readiness::new(),
+        namespaces: sanjay_runtime::SharedNamespaces::default(),
         cluster_key: key.clone(),
     };
     let mut metrics = Registry::with_prefix("sanjay");

@@ -6,8 +6,8 @@ use clap::{Parser, Subcommand};
 
 use crate::{
     commands::{
-        admin, bench, check_config, deliveries, demo, dlq, health, members, publish, receipts, send, sub,
-        tail, token, trace,
+        admin, bench, check_config, control, deliveries, demo, dlq, health, history, members, publish,
+        receipts, revoke, send, sub, tail, token, trace,
     },
     output,
     serve::{
@@ -41,6 +41,12 @@ enum Command {
     Receipts(receipts::Args),
     Tail(tail::Args),
     Members(members::Args),
+    History(history::Args),
+    Nodes(control::NodesArgs),
+    Connections(control::ConnectionsArgs),
+    Channels(control::ChannelsArgs),
+    Disconnect(control::DisconnectArgs),
+    Revoke(revoke::Args),
     Token(token::Args),
     Admin(admin::Args),
     Health(health::Args),
@@ -77,6 +83,12 @@ impl Command {
             Self::Receipts(args) => block_on(args.run()),
             Self::Tail(args) => block_on(args.run()),
             Self::Members(args) => block_on(args.run()),
+            Self::History(args) => block_on(args.run()),
+            Self::Nodes(args) => block_on(args.run()),
+            Self::Connections(args) => block_on(args.run()),
+            Self::Channels(args) => block_on(args.run()),
+            Self::Disconnect(args) => block_on(args.run()),
+            Self::Revoke(args) => block_on(args.run()),
             Self::Token(args) => args.run(),
             Self::Admin(args) => block_on(args.run()),
             Self::Health(args) => block_on(args.run()),

@@ -2,6 +2,7 @@
 //! directory wrote down.
 
 mod given;
+mod signer;
 
 use std::path::PathBuf;
 
@@ -11,6 +12,7 @@ use sanjay_client::{Backend, BackendError, BackendOptions};
 use sanjay_runtime::Secret;
 
 pub(crate) use given::{API_KEY, TOKEN, TOKEN_SECRET};
+pub(crate) use signer::{SecretArgs, Signer};
 
 use crate::serve::{
     ready::{self, Ready},
@@ -175,12 +177,12 @@ impl SocketArgs {
     /// Says what to start or to set.
     pub(crate) fn resolve(
         self,
-        mint: Option<impl FnOnce(Secret) -> String>,
+        mint: Option<impl FnOnce(Signer) -> String>,
     ) -> anyhow::Result<(String, String)> {
         let data_dir = &self.secret.data_dir;
         let url = data_dir.resolve(self.url, "--url", "SANJAY_URL", |ready| ready.url)?;
         let token = match mint {
-            Some(mint) => mint(self.secret.token_secret()?),
+            Some(mint) => mint(self.secret.signer()?),
             None => {
                 let token = TOKEN.of(self.token, self.token_file)?;
                 data_dir.resolve(token, TOKEN.flag, TOKEN.variable, |ready| ready.token)?
@@ -201,44 +203,14 @@ pub(crate) struct AccessArgs {
 }
 
 impl AccessArgs {
-    /// The address, and the secret to make tokens with.
+    /// The address, and what to make tokens with.
     ///
     /// # Errors
     /// Says what to start or to set.
-    pub(crate) fn resolve(&self) -> anyhow::Result<(String, Secret)> {
+    pub(crate) fn resolve(&self) -> anyhow::Result<(String, Signer)> {
         let data_dir = &self.secret.data_dir;
         let url = data_dir.resolve(self.url.clone(), "--url", "SANJAY_URL", |ready| ready.url)?;
-        Ok((url, self.secret.token_secret()?))
-    }
-}
-
-/// The secret that tokens are signed with.
-#[derive(Args)]
-pub(crate) struct SecretArgs {
-    /// The edge's token secret, to make a token with
-    #[arg(long, env = "SANJAY_EDGE__TOKEN_SECRET", value_name = "SECRET", hide_env_values = true)]
-    token_secret: Option<String>,
-    /// A file that holds the token secret
-    #[arg(long, env = "SANJAY_EDGE__TOKEN_SECRET_FILE", value_name = "PATH")]
-    token_secret_file: Option<PathBuf>,
-    #[command(flatten)]
-    pub(crate) data_dir: DataDir,
-}
-
-impl std::fmt::Debug for SecretArgs {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("SecretArgs").field("data_dir", &self.data_dir).finish_non_exhaustive()
-    }
-}
-
-impl SecretArgs {
-    /// The secret.
-    ///
-    /// # Errors
-    /// Says what to start or to set.
-    pub(crate) fn token_secret(&self) -> anyhow::Result<Secret> {
-        let given = TOKEN_SECRET.of(self.token_secret.clone(), self.token_secret_file.clone())?;
-        self.data_dir.token_secret(given.as_deref())
+        Ok((url, self.secret.signer()?))
     }
 }
 

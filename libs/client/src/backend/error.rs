@@ -87,6 +87,10 @@ impl Failure {
             Code::ResourceExhausted => refused(ErrorCode::RateLimited),
             Code::FailedPrecondition => refused(ErrorCode::LimitExceeded),
             Code::Unimplemented => refused(ErrorCode::UnknownCommand),
+            // A server that says when to try again also says what it has done.
+            Code::Unavailable if retry_after.is_some() => {
+                Self { unknown: true, ..refused(ErrorCode::Unavailable) }
+            }
             // A client's own deadline ends as `cancelled`.
             Code::DeadlineExceeded | Code::Cancelled => Self::timeout(within),
             _ => {

@@ -1,9 +1,11 @@
 //! The gRPC client of a product's back end: publishes to channels and sends to users' inboxes, with deadlines,
 //! and with repeats where they cannot double a message.
 
+mod control;
 mod dead;
 mod error;
 mod fanout;
+mod history;
 mod receipts;
 mod servers;
 mod stream;
@@ -20,6 +22,7 @@ use tonic::{
     transport::Channel,
 };
 
+pub use control::{ConnectionStream, Subject};
 pub use dead::RedriveStream;
 pub use error::BackendError;
 pub use fanout::{DurablyPublished, MembersPage, PublishOptions};
@@ -28,7 +31,7 @@ pub use stream::{PendingReply, PublishStream, SendStream};
 
 use crate::{Jitter, backoff};
 use error::{Failure, body};
-use servers::Servers;
+use servers::{Server, Servers};
 
 type Client = DeliveryClient<Channel>;
 
@@ -330,13 +333,30 @@ impl Backend {
     where
         F: Future<Output = Result<Response<T>, Status>>,
     {
+        self.call_server(until, idempotent, message, |server, request| {
+            attempt(server.client.clone(), request)
+        })
+        .await
+    }
+
+    /// Makes a call on one server after another, as long as that may help.
+    async fn call_server<Q: Clone, T, F>(
+        &self,
+        until: Instant,
+        idempotent: bool,
+        message: Q,
+        attempt: impl Fn(&Server, Request<Q>) -> F,
+    ) -> Result<T, BackendError>
+    where
+        F: Future<Output = Result<Response<T>, Status>>,
+    {
         let within = self.options.timeout;
         let mut attempts = 0;
         loop {
             let (index, server) = self.servers.current();
             let mut request = self.authorized(message.clone());
             request.set_timeout(within);
-            let failure = match timeout(within, attempt(server.client.clone(), request)).await {
+            let failure = match timeout(within, attempt(server, request)).await {
                 Ok(Ok(response)) => return Ok(response.into_inner()),
                 Ok(Err(status)) => Failure::from_status(&status, &server.endpoint, within),
                 Err(_) => Failure::timeout(within),

@@ -58,18 +58,18 @@ impl Backend {
 
 /// The answers of a stream that says something now and again.
 #[derive(Debug)]
-struct Answers<T> {
+pub(super) struct Answers<T> {
     answers: Streaming<T>,
     endpoint: String,
     ended: bool,
 }
 
 impl<T> Answers<T> {
-    fn new(backend: &Backend, answers: Streaming<T>) -> Self {
+    pub(super) fn new(backend: &Backend, answers: Streaming<T>) -> Self {
         Self { answers, endpoint: backend.servers.current().1.endpoint.clone(), ended: false }
     }
 
-    async fn next(&mut self) -> Option<Result<T, BackendError>> {
+    pub(super) async fn next(&mut self) -> Option<Result<T, BackendError>> {
         if self.ended {
             return None;
         }

@@ -6,7 +6,7 @@ use std::{
 };
 
 use futures::{StreamExt, stream::FuturesUnordered};
-use sanjay_proto::delivery::v1::delivery_client::DeliveryClient;
+use sanjay_proto::delivery::v1::{control_client::ControlClient, delivery_client::DeliveryClient};
 use tokio::time::sleep;
 use tonic::transport::{Channel, Endpoint};
 
@@ -29,6 +29,7 @@ const PING_AMONG: (Duration, Duration) = (Duration::from_secs(2), Duration::from
 pub(super) struct Server {
     pub(super) endpoint: String,
     pub(super) client: DeliveryClient<Channel>,
+    pub(super) control: ControlClient<Channel>,
 }
 
 /// At least one server, of which one is used.
@@ -81,7 +82,11 @@ impl Servers {
     fn new(names: &[&str], endpoints: &[Endpoint], connected: usize, channel: &Channel) -> Self {
         let server = |(index, (name, endpoint)): (usize, (&&str, &Endpoint))| {
             let channel = if index == connected { channel.clone() } else { endpoint.connect_lazy() };
-            Server { endpoint: (*name).to_owned(), client: DeliveryClient::new(channel) }
+            Server {
+                endpoint: (*name).to_owned(),
+                client: DeliveryClient::new(channel.clone()),
+                control: ControlClient::new(channel),
+            }
         };
         let all = names.iter().zip(endpoints).enumerate().map(server).collect();
         Self { all, current: AtomicUsize::new(connected) }

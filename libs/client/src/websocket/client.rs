@@ -9,14 +9,14 @@ use std::{
 };
 
 use sanjay_protocol::{
-    Command, Payload,
+    Command, Payload, Position,
     command::{Hello, Publish},
-    event::{Published, Welcome},
+    event::{Broadcast, Published, Welcome},
     limits::MAX_CREDIT,
     names,
 };
 use tokio::{
-    sync::{Mutex as FairMutex, Notify, mpsc, oneshot, watch},
+    sync::{Mutex as FairMutex, Notify, broadcast, mpsc, oneshot, watch},
     task::unconstrained,
     time::timeout,
 };
@@ -35,6 +35,8 @@ use crate::Jitter;
 
 /// Requests that wait for the task; beyond it handles wait.
 const REQUESTS: usize = 64;
+/// Broadcasts that wait for the slowest reader.
+const BROADCASTS: usize = 64;
 /// Batches of acks between the settling task and the connection.
 const READY: usize = 4;
 
@@ -69,6 +71,7 @@ pub struct Client {
 struct Inner {
     state: watch::Receiver<State>,
     features: watch::Receiver<Vec<String>>,
+    broadcasts: broadcast::Sender<Broadcast>,
     settle: mpsc::Sender<Settle>,
     closing: Arc<Notify>,
     inbox: Mutex<Option<mpsc::Receiver<InboxEvent>>>,
@@ -102,12 +105,14 @@ impl Client {
         let (requests, requested) = mpsc::channel(REQUESTS);
         let (state_sender, state) = watch::channel(State::Connecting);
         let (features_sender, features) = watch::channel(Vec::new());
+        let broadcasts = broadcast::Sender::new(BROADCASTS);
         let closing = Arc::new(Notify::new());
         let checkpoint = Arc::clone(&options.checkpoint);
         tokio::spawn(inbox::settle(settle_requests, Arc::clone(&shared), checkpoint, ready));
         let jitter: Jitter = options.jitter.clone();
         let port = InboxPort { shared, settle: settle.clone() };
-        let machine = Machine::new(port, Backlog::new(inbox_events), jitter, features_sender);
+        let machine =
+            Machine::new(port, Backlog::new(inbox_events), jitter, features_sender, broadcasts.clone());
         let (buffer, request_timeout) = (options.buffer.max(1), options.request_timeout);
         let driver = Driver::new(options, state_sender, requested, settled, Arc::clone(&closing), machine);
         tokio::spawn(driver.run());
@@ -115,6 +120,7 @@ impl Client {
         let inner = Inner {
             state,
             features,
+            broadcasts,
             settle,
             closing,
             inbox,
@@ -124,6 +130,12 @@ impl Client {
             request_timeout,
         };
         Ok(Self { inner: Arc::new(inner), requests })
+    }
+
+    /// What back ends say to every client, from now on. Whoever reads too slowly misses some, and hears how many.
+    #[must_use]
+    pub fn broadcasts(&self) -> broadcast::Receiver<Broadcast> {
+        self.inner.broadcasts.subscribe()
     }
 
     /// Where the client stands now.
@@ -171,6 +183,28 @@ impl Client {
     /// # Errors
     /// When the name is not one, this client has a subscription to the channel or too many, or has ended.
     pub async fn subscribe(&self, channel: &str) -> Result<Subscription, SubscribeError> {
+        self.subscribe_at(channel, None).await
+    }
+
+    /// The same, for an application that has seen the channel up to `position` already: what it missed since comes first,
+    /// where the channel keeps it; otherwise a gap or a discontinuity says that it does not come.
+    ///
+    /// # Errors
+    /// As for [`Self::subscribe`], and when the position cannot be one.
+    pub async fn subscribe_from(
+        &self,
+        channel: &str,
+        position: Position,
+    ) -> Result<Subscription, SubscribeError> {
+        position.check("position").map_err(SubscribeError::Refused)?;
+        self.subscribe_at(channel, Some(position)).await
+    }
+
+    async fn subscribe_at(
+        &self,
+        channel: &str,
+        position: Option<Position>,
+    ) -> Result<Subscription, SubscribeError> {
         names::check("channel", channel).map_err(|error| SubscribeError::Refused(error.into()))?;
         let channel = channel.to_owned();
         let (events_sender, events) = mpsc::channel(self.inner.buffer);
@@ -183,6 +217,7 @@ impl Client {
             events: events_sender,
             state: state_sender,
             accepted,
+            position,
         };
         self.requests.send(Request::Subscribe(new)).await.map_err(|_| self.closed())?;
         acceptance.await.unwrap_or_else(|_| Err(self.closed().into()))?;

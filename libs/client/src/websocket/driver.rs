@@ -12,9 +12,10 @@ use super::{
     client::State,
     error::{ClosedError, ConnectionError},
     inbox::Ready,
-    machine::{Machine, Request},
-    options::ClientOptions,
+    machine::{Machine, Request, TokenNews},
+    options::{ClientOptions, TokenError},
     raw::RawConnection,
+    renewal::Renewal,
 };
 use crate::backoff;
 
@@ -28,6 +29,7 @@ pub(crate) struct Driver {
     pub(super) ready: mpsc::Receiver<Ready>,
     pub(super) closing: Arc<Notify>,
     pub(super) machine: Machine,
+    pub(super) renewal: Renewal,
     /// Attempts since the last `welcome`.
     failures: u32,
     spread: Duration,
@@ -56,7 +58,9 @@ impl Driver {
         closing: Arc<Notify>,
         machine: Machine,
     ) -> Self {
+        let renewal = Renewal::new(options.token.clone(), options.request_timeout);
         Self {
+            renewal,
             options,
             state,
             requests,
@@ -114,11 +118,43 @@ impl Driver {
         self.token_refused = false;
         self.spread = Duration::from_millis(welcome.reconnect_spread_ms).min(MAX_SPREAD);
         self.machine.connected(&welcome);
+        let ttl = Duration::from_secs(welcome.token_ttl_s);
+        self.renewal.in_force(ttl, Instant::now(), self.options.jitter.fraction());
         let heartbeat = Duration::from_millis(welcome.heartbeat_ms.clamp(1, 3_600_000));
         self.state.send_replace(State::Connected(Arc::new(welcome)));
         let ended = self.session(connection, heartbeat).await;
+        self.renewal.stop();
         self.machine.disconnected();
         ended
+    }
+
+    /// Another token came from the application, or none.
+    pub(super) fn renewed(&mut self, token: Result<String, TokenError>, now: Instant) {
+        match token {
+            Ok(token) => self.machine.refresh(token, now),
+            Err(error) => {
+                tracing::warn!(%error, "the application gave no token in place of the one that ends");
+                self.renewal.failed(now, self.options.jitter.fraction());
+            }
+        }
+    }
+
+    /// What the server said of tokens.
+    pub(super) fn heard_of_tokens(&mut self, now: Instant) {
+        for news in self.machine.take_token_news() {
+            match news {
+                TokenNews::Expired => self.renewal.urgent(now),
+                TokenNews::Refreshed { token, ttl } => {
+                    self.token = Some(token);
+                    self.renewal.in_force(ttl, now, self.options.jitter.fraction());
+                }
+                TokenNews::Refused(error) => {
+                    let why = error.message;
+                    tracing::warn!(why, "the server refused the token in place of the one that ends");
+                    self.renewal.failed(now, self.options.jitter.fraction());
+                }
+            }
+        }
     }
 
     /// How long to wait after a failure, or why not to try again.

@@ -1,6 +1,9 @@
 //! The client's protocol state without I/O: requests and events in, frames and deliveries out. It outlives
 //! connections, so that subscriptions and the inbox go on with the next one.
 
+mod channels;
+mod tokens;
+
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
     sync::Arc,
@@ -8,22 +11,23 @@ use std::{
 };
 
 use sanjay_protocol::{
-    Command, Envelope, ErrorBody, ErrorCode, Event, EventEnvelope,
+    Command, Envelope, ErrorBody, ErrorCode, Event, EventEnvelope, Position,
     command::{Ack, Publish, Subscribe, Unsubscribe},
-    event::{InboxState, Published, Subscribed, Welcome},
+    event::{Broadcast, InboxState, Published, Welcome},
     json,
     limits::{MAX_ACK_RANGES, MAX_CLIENT_MESSAGE_BYTES, MAX_OUTSTANDING_COMMANDS, MAX_SUBSCRIPTIONS},
 };
 use tokio::{
-    sync::{mpsc, oneshot, watch},
+    sync::{broadcast, mpsc, oneshot, watch},
     time::Instant,
 };
 
+pub(crate) use self::tokens::TokenNews;
 use super::{
     backlog::{Backlog, Delivery},
     error::{ConnectionError, PublishError, SubscribeError},
     inbox::{Answer, InboxDelivery, InboxEvent, Ready, Settle, Settled, Shared, Taken},
-    position::{self, Position, Verdict},
+    position::{self, Verdict},
     ranges::Ranges,
     subscription::{ChannelEvent, SubscriptionState},
 };
@@ -55,6 +59,8 @@ pub(crate) struct NewSubscription {
     pub(crate) events: mpsc::Sender<ChannelEvent>,
     pub(crate) state: watch::Sender<SubscriptionState>,
     pub(crate) accepted: oneshot::Sender<Result<(), SubscribeError>>,
+    /// Where the application stands already.
+    pub(crate) position: Option<Position>,
 }
 
 /// Why a publish got no answer.
@@ -78,13 +84,20 @@ struct Entry {
     refusals: u32,
 }
 
-#[derive(Debug)]
 enum Pending {
     Subscribe { channel: String, id: u64 },
     Unsubscribe,
     Publish(oneshot::Sender<Result<Published, NotPublished>>),
     Ack(Vec<(u64, u64)>),
     Answer,
+    Refresh(String),
+}
+
+impl std::fmt::Debug for Pending {
+    /// Without what it holds: a token is a secret.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Pending")
+    }
 }
 
 /// The machine's side of the inbox.
@@ -94,11 +107,11 @@ pub(crate) struct InboxPort {
     pub(crate) settle: mpsc::Sender<Settle>,
 }
 
-#[derive(Debug)]
 pub(crate) struct Machine {
     inbox: InboxPort,
     jitter: Jitter,
     features: watch::Sender<Vec<String>>,
+    broadcasts: broadcast::Sender<Broadcast>,
     online: bool,
     next_id: u64,
     subscriptions: HashMap<String, Entry>,
@@ -122,6 +135,7 @@ pub(crate) struct Machine {
     acks_wait: Option<Instant>,
     backlog: Backlog,
     goaway: Option<Instant>,
+    token_news: Vec<TokenNews>,
 }
 
 impl Machine {
@@ -130,11 +144,13 @@ impl Machine {
         backlog: Backlog,
         jitter: Jitter,
         features: watch::Sender<Vec<String>>,
+        broadcasts: broadcast::Sender<Broadcast>,
     ) -> Self {
         Self {
             inbox,
             jitter,
             features,
+            broadcasts,
             online: false,
             // 0 is the id of `hello`.
             next_id: 1,
@@ -151,6 +167,7 @@ impl Machine {
             acks_wait: None,
             backlog,
             goaway: None,
+            token_news: Vec::new(),
         }
     }
 
@@ -185,6 +202,7 @@ impl Machine {
         self.acks_wait = None;
         self.pong = false;
         self.goaway = None;
+        self.token_news.clear();
     }
 
     /// Whether another request may be taken: a server stops reading when too many are unanswered.
@@ -216,7 +234,7 @@ impl Machine {
     }
 
     fn subscribe(&mut self, new: NewSubscription, now: Instant) {
-        let NewSubscription { id, channel, events, state, accepted } = new;
+        let NewSubscription { id, channel, events, state, accepted, position } = new;
         match self.subscriptions.get(&channel) {
             // Its handle is gone; the request that says so was lost or comes later.
             Some(entry) if entry.events.is_closed() => self.unsubscribe(&channel, None, now),
@@ -237,7 +255,7 @@ impl Machine {
         if accepted.send(Ok(())).is_err() {
             return;
         }
-        let entry = Entry { id, events, state, position: None, sent: false, subscribed: false, refusals: 0 };
+        let entry = Entry { id, events, state, position, sent: false, subscribed: false, refusals: 0 };
         if self.online {
             self.unsent.push_back(channel.clone());
         }
@@ -279,14 +297,15 @@ impl Machine {
         while self.takes_requests()
             && let Some(channel) = self.unsent.pop_front()
         {
-            let id = match self.subscriptions.get_mut(&channel) {
+            let (id, recover) = match self.subscriptions.get_mut(&channel) {
                 Some(entry) if !entry.sent => {
                     entry.sent = true;
-                    entry.id
+                    (entry.id, entry.position.clone())
                 }
                 _ => continue,
             };
-            let frame = self.encode(Command::Subscribe(Subscribe { channel: channel.clone() }));
+            let subscribe = Subscribe { channel: channel.clone(), recover, ..Subscribe::default() };
+            let frame = self.encode(Command::Subscribe(subscribe));
             self.push(frame, Pending::Subscribe { channel, id }, now);
         }
     }
@@ -451,12 +470,15 @@ impl Machine {
                     self.met_inbox(inbox);
                 }
             }
+            Event::Broadcast(broadcast) => drop(self.broadcasts.send(*broadcast)),
             Event::Goaway(goaway) => {
                 let fraction = self.jitter.fraction();
                 let delay = backoff::goaway(goaway.reconnect_after_ms, goaway.spread_ms, fraction);
                 tracing::info!(code = goaway.code, reason = goaway.reason, ?delay, "the server goes away");
                 self.goaway = Some(now + delay);
             }
+            Event::TokenExpired(_) => self.token_news.push(TokenNews::Expired),
+            Event::Unsubscribed(unsubscribed) => self.unsubscribed(unsubscribed, now),
             Event::Error(error) => {
                 tracing::warn!(code = error.code.as_str(), error.message, "the server refused a command")
             }
@@ -498,27 +520,17 @@ impl Machine {
                 // Most likely another delivery is in flight by now.
                 tracing::debug!(error.message, "the server refused the answer to a message");
             }
+            (Pending::Refresh(token), Event::Refreshed(refreshed)) => {
+                let ttl = Duration::from_secs(refreshed.token_ttl_s);
+                self.token_news.push(TokenNews::Refreshed { token, ttl });
+            }
+            (Pending::Refresh(_), Event::Error(error)) => self.token_news.push(TokenNews::Refused(error)),
             (Pending::Answer | Pending::Unsubscribe, _) => {}
-            (Pending::Subscribe { .. } | Pending::Publish(_), _) => {
+            (Pending::Subscribe { .. } | Pending::Publish(_) | Pending::Refresh(_), _) => {
                 return Err(ConnectionError::Protocol("a reply that does not fit its command".to_owned()));
             }
         }
         Ok(())
-    }
-
-    fn subscribed(&mut self, channel: &str, id: u64, subscribed: Subscribed) {
-        if let Some(entry) = self.subscriptions.get_mut(channel)
-            && entry.id == id
-        {
-            (entry.subscribed, entry.refusals) = (true, 0);
-            entry.state.send_replace(SubscriptionState::Subscribed);
-            let missed = position::subscribed(&mut entry.position, &subscribed);
-            let events = entry.events.clone();
-            let now = ChannelEvent::Subscribed { epoch: subscribed.epoch, offset: subscribed.offset };
-            for event in missed.into_iter().chain([now]) {
-                self.queue(Delivery::Channel(events.clone(), event));
-            }
-        }
     }
 
     fn ack_answered(&mut self, ranges: &[(u64, u64)], answer: Event, now: Instant) {
@@ -533,20 +545,6 @@ impl Machine {
             // What stays unsettled is delivered again, and then acked again.
             Event::Error(error) => tracing::warn!(error.message, "the server refused an ack"),
             _ => self.acks_wait = None,
-        }
-    }
-
-    fn refused(&mut self, channel: &str, id: u64, error: ErrorBody, now: Instant) {
-        let Some(entry) = self.subscriptions.get_mut(channel).filter(|entry| entry.id == id) else { return };
-        entry.sent = false;
-        if error.retryable {
-            let hint = error.retry_after_ms.map(|ms| Duration::from_millis(ms.into()));
-            let delay = backoff::retry(entry.refusals, hint, RETRY_BASE, RETRY_CAP, self.jitter.fraction());
-            entry.refusals = entry.refusals.saturating_add(1);
-            self.retries.push((now + delay, channel.to_owned()));
-        } else if let Some(entry) = self.subscriptions.remove(channel) {
-            entry.state.send_replace(SubscriptionState::Unsubscribed(Some(error.clone())));
-            self.queue(Delivery::Channel(entry.events, ChannelEvent::Unsubscribed(error)));
         }
     }
 

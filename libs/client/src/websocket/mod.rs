@@ -13,6 +13,7 @@ mod options;
 mod position;
 mod ranges;
 mod raw;
+mod renewal;
 mod session;
 mod subscription;
 

@@ -1,15 +1,12 @@
-//! Where a subscription stands in its channel, and what the application has to be told when it jumps.
+//! Where a subscription stands in its channel: the newest offset that the application knows of, and what it has to be told
+//! when that jumps.
 
-use sanjay_protocol::event::{Gap, Message, Subscribed};
+use sanjay_protocol::{
+    Position,
+    event::{Gap, Message, Subscribed},
+};
 
 use super::subscription::ChannelEvent;
-
-/// The newest offset that the application knows of.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Position {
-    epoch: String,
-    offset: u64,
-}
 
 /// What to do with a message.
 #[derive(Debug, PartialEq, Eq)]
@@ -97,7 +94,7 @@ mod tests {
     }
 
     fn start(epoch: &str, offset: u64) -> Subscribed {
-        Subscribed { channel: "news".into(), epoch: epoch.into(), offset }
+        Subscribed { channel: "news".into(), epoch: epoch.into(), offset, ..Subscribed::default() }
     }
 
     proptest! {

@@ -64,6 +64,7 @@ impl Driver {
         for envelope in connection.take_received() {
             self.machine.event(envelope, now)?;
         }
+        self.heard_of_tokens(now);
         loop {
             let now = Instant::now();
             self.machine.deliver(now);
@@ -86,8 +87,10 @@ impl Driver {
                     Io::Text(text) => {
                         life.heard = Instant::now();
                         self.machine.input(&text, life.heard)?;
+                        self.heard_of_tokens(life.heard);
                     }
                 },
+                token = self.renewal.next() => self.renewed(token, Instant::now()),
                 () = self.machine.room() => {}
                 Some(ready) = self.ready.recv(), if self.machine.takes_answers() => self.machine.ready(ready),
                 request = self.requests.recv(), if self.machine.takes_requests() => match request {

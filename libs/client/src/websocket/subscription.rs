@@ -21,7 +21,7 @@ use super::{
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ChannelEvent {
     /// The subscription is in force, at first or again after a reconnect: every message above `offset`
-    /// follows, or a gap is reported.
+    /// follows, or a gap is reported. What a reconnect missed came before it where the channel keeps it, or is a gap.
     Subscribed {
         /// Names the sequence.
         epoch: String,

@@ -9,6 +9,7 @@ mod inbox;
 mod publish;
 mod reconnect;
 mod server;
+mod tokens;
 
 use std::time::Duration;
 

@@ -3,8 +3,8 @@ use std::time::Duration;
 use sanjay_client::{
     ChannelEvent, Client, ClientOptions, ConnectionError, State, SubscribeError, SubscriptionState,
     protocol::{
-        CloseCode, Command, ErrorBody, ErrorCode, Event,
-        event::{Gap, Goaway},
+        CloseCode, Command, Envelope, ErrorBody, ErrorCode, Event, Payload, Position,
+        event::{Gap, Goaway, Message, Subscribed},
     },
 };
 
@@ -110,11 +110,8 @@ async fn many_subscriptions_are_made_again_without_too_many_commands_at_once() {
         assert!(commands.len() <= 32, "{} commands without an answer", commands.len());
         for envelope in commands {
             let Command::Subscribe(subscribe) = envelope.command else { panic!("{envelope:?}") };
-            let event = sanjay_client::protocol::event::Subscribed {
-                channel: subscribe.channel,
-                epoch: "a".into(),
-                offset: 0,
-            };
+            let event =
+                Subscribed { channel: subscribe.channel, epoch: "a".into(), offset: 0, ..Default::default() };
             peer.push(envelope.id, Event::Subscribed(event)).await;
             seen += 1;
         }
@@ -172,4 +169,80 @@ async fn dropping_every_handle_closes_the_connection() {
     assert_eq!(peer.command().await.command, Command::Ping, "the subscription keeps the connection");
     drop(news);
     while peer.next().await.is_some() {}
+}
+
+#[tokio::test]
+async fn a_subscription_goes_on_where_it_stood() {
+    let server = Server::start().await;
+    let client = Client::connect(server.options()).await.unwrap();
+    let mut news = soon(client.subscribe("news")).await.unwrap();
+    let message = |offset| Message {
+        channel: "news".into(),
+        offset,
+        epoch: "a".into(),
+        message_id: String::new(),
+        payload: Payload::Text(String::new()),
+        publisher: String::new(),
+        time_us: 0,
+        trace: String::new(),
+    };
+    let subscribed = |offset, recovered, messages: Vec<Message>| {
+        let (channel, epoch) = ("news".to_owned(), "a".to_owned());
+        Event::Subscribed(Subscribed { channel, epoch, offset, recovered, messages })
+    };
+    let at = |offset| Some(ChannelEvent::Subscribed { epoch: "a".into(), offset });
+    let got = |offset| Some(ChannelEvent::Message(Box::new(message(offset))));
+    // Each time: where the client says that it stands, what it is answered, and what its application gets of it.
+    let rounds = [
+        (None, subscribed(7, None, vec![]), vec![at(7)]),
+        // It never got a message, and can go on all the same.
+        (Some(7), subscribed(9, Some(true), vec![message(8), message(9)]), vec![got(8), got(9), at(9)]),
+        (Some(9), subscribed(9, Some(true), vec![]), vec![at(9)]),
+        // A server that repeats something does no harm.
+        (Some(9), subscribed(10, Some(true), vec![message(9), message(10)]), vec![got(10), at(10)]),
+    ];
+    for (from, answer, expected) in rounds {
+        let mut peer = server.welcome(welcome()).await;
+        let Envelope { id, command } = peer.command().await;
+        let Command::Subscribe(subscribe) = command else { panic!("{command:?}") };
+        let from = from.map(|offset| Position { epoch: "a".into(), offset });
+        assert_eq!(subscribe.recover, from);
+        peer.push(id, answer).await;
+        for event in expected {
+            assert_eq!(soon(news.next()).await, event);
+        }
+        drop(peer);
+    }
+    // What cannot be recovered is a gap or, in another epoch, a discontinuity.
+    let mut peer = server.welcome(welcome()).await;
+    let id = peer.expect_subscribe("news").await;
+    peer.push(id, subscribed(12, Some(false), vec![])).await;
+    let gap = Gap { channel: "news".into(), epoch: "a".into(), from: 11, to: 12 };
+    assert_eq!(soon(news.next()).await, Some(ChannelEvent::Gap(gap)));
+    assert_eq!(soon(news.next()).await, at(12));
+}
+
+#[tokio::test]
+async fn an_application_that_kept_its_place_goes_on_from_there() {
+    let server = Server::start().await;
+    let client = Client::connect(server.options()).await.unwrap();
+    let position = Position { epoch: "a".into(), offset: 3 };
+    let mut news = soon(client.subscribe_from("news", position.clone())).await.unwrap();
+    let mut peer = server.welcome(welcome()).await;
+    let Envelope { id, command } = peer.command().await;
+    assert!(
+        matches!(&command, Command::Subscribe(subscribe) if subscribe.recover == Some(position)),
+        "{command:?}"
+    );
+    let lost = Subscribed {
+        channel: "news".into(),
+        epoch: "b".into(),
+        offset: 5,
+        recovered: Some(false),
+        messages: vec![],
+    };
+    peer.push(id, Event::Subscribed(lost)).await;
+    assert_eq!(soon(news.next()).await, Some(ChannelEvent::Discontinuity { epoch: "b".into(), offset: 5 }));
+    let wrong = client.subscribe_from("other", Position { epoch: String::new(), offset: 1 }).await;
+    assert!(wrong.unwrap_err().to_string().contains("position.epoch is empty"));
 }

@@ -125,7 +125,8 @@ impl Peer {
 
     pub(crate) async fn subscribe(&mut self, channel: &str, epoch: &str, offset: u64) {
         let id = self.expect_subscribe(channel).await;
-        let subscribed = Subscribed { channel: channel.into(), epoch: epoch.into(), offset };
+        let subscribed =
+            Subscribed { channel: channel.into(), epoch: epoch.into(), offset, ..Subscribed::default() };
         self.push(id, Event::Subscribed(subscribed)).await;
     }
 

@@ -16,7 +16,7 @@ pub use files::{FILE_SUFFIX, MAX_FILE_BYTES, given_twice, read_value};
 pub use layers::Layers;
 
 /// The sections that can be set through the environment.
-pub const SECTIONS: [&str; 6] = ["edge", "router", "delivery", "telemetry", "admin", "cluster"];
+pub const SECTIONS: [&str; 7] = ["edge", "router", "delivery", "namespaces", "telemetry", "admin", "cluster"];
 
 /// What the names of variables begin with. Clients read variables of this prefix too (`SANJAY_URL`), so only
 /// names with a section and `__` are looked at.

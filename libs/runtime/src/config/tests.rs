@@ -145,7 +145,10 @@ fn variables_of_others_are_left_alone() {
 fn a_variable_without_a_section_is_refused() {
     for name in ["SANJAY_EGDE__LISTEN", "SANJAY___LISTEN", "SANJAY_EDGE__", "SANJAY_EDGE____LISTEN"] {
         let text = refused(&variables([(name, "x")]));
-        assert!(text.contains(&format!("`{name}`")) && text.contains("EDGE, ROUTER, DELIVERY"), "{text}");
+        assert!(
+            text.contains(&format!("`{name}`")) && text.contains("EDGE, ROUTER, DELIVERY, NAMESPACES"),
+            "{text}"
+        );
     }
 }
 

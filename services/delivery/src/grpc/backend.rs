@@ -5,13 +5,13 @@ use std::{collections::HashSet, future::ready, sync::Arc, time::Duration};
 use futures::{FutureExt, future::BoxFuture};
 use sanjay_proto::delivery::v1::{
     Accepted, DeadLetter, DeliveryState, GetDeadLetterRequest, GetDeliveryRequest, GetDeliveryResponse,
-    GetTraceRequest, GetTraceResponse, JoinRequest, JoinResponse, LeaveRequest, LeaveResponse,
-    ListDeadLettersRequest, ListDeadLettersResponse, ListDeliveriesRequest, ListDeliveriesResponse,
-    ListMembersRequest, ListMembersResponse, PublishRequest, PublishResponse, PublishStreamResponse,
-    PurgeDeadLettersRequest, PurgeDeadLettersResponse, ReceiptsRequest, ReceiptsResponse,
-    RedriveDeadLettersRequest, RedriveDeadLettersResponse, SendRequest, SendResponse, SendResult,
-    SendStreamResponse, WatchDeliveriesRequest, WatchDeliveriesResponse, delivery_server::Delivery,
-    publish_stream_response, send_result, send_stream_response,
+    GetHistoryRequest, GetHistoryResponse, GetTraceRequest, GetTraceResponse, JoinRequest, JoinResponse,
+    LeaveRequest, LeaveResponse, ListDeadLettersRequest, ListDeadLettersResponse, ListDeliveriesRequest,
+    ListDeliveriesResponse, ListMembersRequest, ListMembersResponse, PublishRequest, PublishResponse,
+    PublishStreamResponse, PurgeDeadLettersRequest, PurgeDeadLettersResponse, ReceiptsRequest,
+    ReceiptsResponse, RedriveDeadLettersRequest, RedriveDeadLettersResponse, SendRequest, SendResponse,
+    SendResult, SendStreamResponse, WatchDeliveriesRequest, WatchDeliveriesResponse,
+    delivery_server::Delivery, publish_stream_response, send_result, send_stream_response,
 };
 use sanjay_protocol::{ErrorCode, Payload, limits::MAX_SEND_USERS, names};
 use sanjay_runtime::trace::extract;
@@ -21,7 +21,7 @@ use tonic::{Request, Response, Status, Streaming};
 use uuid::Uuid;
 
 use super::{
-    Refusal, dead, fanout, receipts,
+    Refusal, dead, fanout, history, receipts,
     stream::{Answers, pipelined},
 };
 use crate::{
@@ -243,6 +243,13 @@ impl Delivery for BackendApi {
         Ok(Response::new(GetTraceResponse { milestones: path.milestones, missing: path.missing }))
     }
 
+    async fn get_history(
+        &self,
+        request: Request<GetHistoryRequest>,
+    ) -> Result<Response<GetHistoryResponse>, Status> {
+        Ok(Response::new(history::get(self, request.into_inner()).await?))
+    }
+
     async fn receipts(
         &self,
         request: Request<ReceiptsRequest>,
@@ -281,7 +288,7 @@ impl Delivery for BackendApi {
 }
 
 /// Who calls, as the interceptor noted it.
-fn caller<T>(request: &Request<T>) -> Result<Arc<str>, Status> {
+pub(super) fn caller<T>(request: &Request<T>) -> Result<Arc<str>, Status> {
     let caller = request.extensions().get::<Caller>();
     caller.map(|caller| caller.0.clone()).ok_or_else(|| Status::internal("the caller's name was not noted"))
 }

@@ -185,7 +185,7 @@ fn checked_filter(filter: &DeadLetterFilter) -> Result<DeadFilter, Refusal> {
     let known = store::DeadReason::from_number(*reason);
     if *reason != 0 && known.is_none() {
         return Err(Refusal::bad(format!(
-            "filter.reason is {reason}; 1 (max_attempts) and 2 (terminated) are known, and 0 is any"
+            "filter.reason is {reason}; 1 (max_attempts), 2 (terminated), 3 (queue_full) and 4 (expired) are known, and 0 is any"
         )));
     }
     if *to_us != 0 && from_us >= to_us {

@@ -94,7 +94,7 @@ pub(super) fn checked_plain(request: &PublishRequest) -> Result<(), Refusal> {
     )))
 }
 
-async fn in_time<T, E: Into<Refusal>>(
+pub(super) async fn in_time<T, E: Into<Refusal>>(
     deadline: Duration,
     call: impl Future<Output = Result<T, E>>,
 ) -> Result<T, Refusal> {

@@ -1,25 +1,32 @@
 //! The gRPC services: check, convert, call, map errors.
 
 mod backend;
+mod control;
 mod cursor;
 mod dead;
 mod fanout;
+mod history;
 mod inbox;
 mod receipts;
+mod revocations;
 mod stream;
 #[cfg(test)]
 mod tests;
 mod token;
+mod watch;
 
 use std::time::Duration;
 
 pub(crate) use backend::BackendApi;
+pub(crate) use control::ControlApi;
 pub(crate) use inbox::EdgeApi;
 pub(crate) use receipts::readers;
+pub(crate) use revocations::RevocationsApi;
 use sanjay_proto::delivery::v1;
 use sanjay_protocol::{ErrorCode, names::NameError, payload::PayloadError};
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
+pub(crate) use watch::room;
 
 use crate::{
     publish::PublishError,
@@ -118,7 +125,7 @@ impl From<Refusal> for Status {
             ErrorCode::BadRequest | ErrorCode::PayloadTooLarge | ErrorCode::UnknownCommand => {
                 Code::InvalidArgument
             }
-            ErrorCode::Forbidden => Code::PermissionDenied,
+            ErrorCode::Forbidden | ErrorCode::TokenExpired => Code::PermissionDenied,
             ErrorCode::AlreadyExists => Code::AlreadyExists,
             ErrorCode::NotFound => Code::NotFound,
             ErrorCode::LimitExceeded | ErrorCode::QueueFull | ErrorCode::RateLimited => {

@@ -1,5 +1,6 @@
 //! The services over loopback, with a router that only remembers what it was asked.
 
+mod control;
 mod dead;
 mod devices;
 
@@ -21,8 +22,8 @@ use sanjay_proto::{
         delivery_client::DeliveryClient, publish_stream_response, send_result, send_stream_response, *,
     },
     edge::v1::{
-        AckRequest, FailedAttempt, FailureKind, InboxHint, InboxPage, InboxQuery, LinkError, Milestone,
-        ReadInboxRequest, UserAck, UserAckResult, inbox_client::InboxClient,
+        AckRequest, ConnectionEvents, FailedAttempt, FailureKind, InboxHint, InboxPage, InboxQuery,
+        LinkError, Milestone, ReadInboxRequest, UserAck, UserAckResult, inbox_client::InboxClient,
     },
     router::v1::{
         self as router,
@@ -57,10 +58,21 @@ struct FakeState {
     hints: Mutex<Vec<InboxHint>>,
     publications: Mutex<Vec<router::NewPublication>>,
     outcome: AtomicI32,
+    questions: Mutex<Vec<router::AskRequest>>,
+    answer: Mutex<Option<router::AskResponse>>,
 }
 
 #[tonic::async_trait]
 impl Router for FakeRouter {
+    type WatchConnectionsStream = tokio_stream::Empty<Result<ConnectionEvents, Status>>;
+
+    async fn watch_connections(
+        &self,
+        _: Request<router::WatchConnectionsRequest>,
+    ) -> Result<Response<Self::WatchConnectionsStream>, Status> {
+        Err(Status::unimplemented("not asked here"))
+    }
+
     async fn publish(
         &self,
         request: Request<router::PublishRequest>,
@@ -90,11 +102,27 @@ impl Router for FakeRouter {
         Ok(Response::new(router::RelayResponse { outcomes }))
     }
 
+    async fn ask(
+        &self,
+        request: Request<router::AskRequest>,
+    ) -> Result<Response<router::AskResponse>, Status> {
+        self.0.questions.lock().push(request.into_inner());
+        let answer = self.0.answer.lock().clone();
+        answer.map(Response::new).ok_or_else(|| Status::unavailable("told to"))
+    }
+
     async fn locate(
         &self,
         _: Request<router::LocateRequest>,
     ) -> Result<Response<router::LocateResponse>, Status> {
         Err(Status::unimplemented("not asked here"))
+    }
+
+    async fn history(
+        &self,
+        _: Request<router::HistoryRequest>,
+    ) -> Result<Response<router::HistoryResponse>, Status> {
+        Err(Status::unimplemented("no test reads histories"))
     }
 
     async fn trace(
@@ -187,6 +215,7 @@ impl Node {
             random: Arc::new(SeededRandom::new(1)),
             lifecycle: self.lifecycle.clone(),
             readiness: Readiness::new(),
+            namespaces: sanjay_runtime::SharedNamespaces::default(),
             cluster_key: Secret::new(CLUSTER_KEY),
         };
         start(config, listener, context.clone(), &mut Registry::default()).await.unwrap();

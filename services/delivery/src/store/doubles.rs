@@ -34,6 +34,14 @@ macro_rules! schedules_nothing {
             unreachable!("nothing is scheduled here")
         }
 
+        fn postpone(
+            &self,
+            _: Vec<(String, ::uuid::Uuid)>,
+            _: u64,
+        ) -> ::futures::future::BoxFuture<'static, Result<(), $crate::store::StoreError>> {
+            unreachable!("nothing is scheduled here")
+        }
+
         fn unschedule(
             &self,
             _: Vec<(String, ::uuid::Uuid)>,

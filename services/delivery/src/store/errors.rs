@@ -14,7 +14,7 @@ pub enum AppendError {
         key: String,
     },
     /// The inbox holds as much as it may.
-    #[error("the user's inbox holds {held} {quota}, which is its limit; send again when some are acked")]
+    #[error("the user's inbox holds {held} {quota}, which is its limit; send again when some are {}", .quota.leaves())]
     QueueFull {
         /// Which limit.
         quota: Quota,
@@ -39,6 +39,13 @@ pub enum Quota {
     SettledRanges,
     /// Messages that wait for their time: [`MAX_SCHEDULED`](super::MAX_SCHEDULED).
     Scheduled,
+}
+
+impl Quota {
+    /// What makes room.
+    fn leaves(self) -> &'static str {
+        if self == Quota::Scheduled { "in the inbox, as their time comes" } else { "acked" }
+    }
 }
 
 impl std::fmt::Display for Quota {

@@ -29,6 +29,7 @@ pub mod mongodb;
 mod opening;
 mod receipts;
 pub mod redb;
+mod revocations;
 mod settled;
 mod sink;
 #[cfg(test)]
@@ -58,6 +59,9 @@ pub use receipts::{
     DeliveriesPage, DeliveriesQuery, ListedDelivery, LogError, LogPage, LogPosition, LogStart, LoggedReceipt,
     MAX_DELIVERIES, MAX_LOG_PAGE,
 };
+#[cfg(test)]
+pub(crate) use revocations::revokes_nothing;
+pub use revocations::{MAX_REVOCATIONS_PAGE, Revocation, Subject};
 use sanjay_proto::client::v1::{InboxMessage, Payload, SeqRange};
 use sanjay_runtime::clock::SharedClock;
 pub use settled::{Settled, TooManyRanges};
@@ -433,6 +437,14 @@ pub trait InboxStore: Send + Sync + 'static {
     /// Forgets scheduled messages, (user, message id) each; returns how many there were.
     fn unschedule(&self, messages: Vec<(String, Uuid)>) -> BoxFuture<'static, Result<u64, StoreError>>;
 
+    /// Has claimed messages, (user, message id) each, handed out again at `until_us` and not before, whatever their claims
+    /// said; those that are not there any more are left out.
+    fn postpone(
+        &self,
+        messages: Vec<(String, Uuid)>,
+        until_us: u64,
+    ) -> BoxFuture<'static, Result<(), StoreError>>;
+
     /// Removes up to `limit` receipts and dedupe keys that are past their time at `now_us`; returns how many
     /// were removed. An adapter whose database does this by itself returns 0, and until then hides them.
     fn sweep(&self, now_us: u64, limit: usize) -> BoxFuture<'static, Result<usize, StoreError>>;
@@ -528,4 +540,24 @@ pub trait InboxStore: Send + Sync + 'static {
     /// Messages of one user, the newest ids first: those that wait for their time, those that are not settled, and those
     /// that were settled within [`RECEIPT_RETENTION`].
     fn deliveries(&self, query: DeliveriesQuery) -> BoxFuture<'static, Result<DeliveriesPage, StoreError>>;
+
+    /// Writes that something is revoked, or is not any more, in place of what was known of the same subject. `Ok` means
+    /// durable; repeating it is harmless.
+    fn revoke(&self, revocation: Revocation) -> BoxFuture<'static, Result<(), StoreError>>;
+
+    /// The first `limit` revocations whose subjects follow `after`, in the order of [`Subject::key`]: also those that were
+    /// taken back, and not those that are over.
+    fn revocations(
+        &self,
+        after: Option<Subject>,
+        limit: usize,
+    ) -> BoxFuture<'static, Result<Vec<Revocation>, StoreError>>;
+
+    /// The first `limit` revocations that were changed at a time or later, the earliest first: by an index, so that it
+    /// costs little to ask often. Those that are over may be among them.
+    fn revocations_changed(
+        &self,
+        since_us: u64,
+        limit: usize,
+    ) -> BoxFuture<'static, Result<Vec<Revocation>, StoreError>>;
 }

@@ -20,6 +20,7 @@ pub(crate) mod failing;
 pub(crate) mod fanout;
 mod model;
 mod receipts;
+pub(crate) mod revocations;
 mod scheduled;
 
 pub(crate) use model::{agrees_with_the_model, operations, read_log};
@@ -168,6 +169,7 @@ pub(crate) async fn fixed_cases<H: Harness>(make: impl Fn() -> H) {
     ending::fixed_cases(&make).await;
     fanout::fixed_cases(&make).await;
     scheduled::fixed_cases(&make).await;
+    revocations::fixed_cases(&make).await;
     receipts::fixed_cases(make).await;
 }
 

@@ -4,6 +4,9 @@
 //! The shard carries the effects out (`shard/effects.rs`) and feeds the answers back in.
 
 mod answers;
+mod channels;
+mod control;
+mod tokens;
 
 use std::{borrow::Cow, rc::Rc, time::Duration};
 
@@ -13,18 +16,22 @@ use sanjay_proto::{
 };
 use sanjay_protocol::{
     CloseCode, Command, ErrorBody, ErrorCode, Event, EventEnvelope,
-    command::{Credit, Envelope, Hello, Publish},
-    event::{Degraded, Empty, InboxState, Limits, Published, Subscribed, Welcome},
+    command::{Envelope, Hello, Publish},
+    event::{Degraded, Empty, InboxState, Limits, Published, Subscribed, Unsubscribed, Welcome},
     json::Refused,
     limits,
-    token::{Action, Capabilities, Claims},
+    recovery::{History, Position as Place, ReadHistory},
+    token::Capabilities,
 };
+use sanjay_runtime::Namespace;
 use uuid::Uuid;
 
+use self::control::More;
 use crate::{
     inbox::{Cursor, Position, Step},
-    shard::wheel::Tick,
-    verifier::{TokenVerifier, VerifyError},
+    revocations::Held,
+    shard::{hub::BY_SERVER, wheel::Tick},
+    verifier::TokenVerifier,
 };
 
 /// What a machine may ask of its surroundings.
@@ -43,6 +50,12 @@ pub trait Surroundings {
     fn terms(&self) -> Terms;
     /// When an ack deadline that begins now ends.
     fn ack_due(&self) -> Tick;
+    /// The settings of a channel.
+    fn namespace(&self, channel: &str) -> Namespace;
+    /// Why a token is refused although it is good: it was revoked.
+    fn revoked(&self, _: &Held<'_>) -> Option<&'static str> {
+        None
+    }
 }
 
 /// What `welcome` says of an edge.
@@ -67,11 +80,17 @@ pub enum Input {
     Page(Result<InboxPage, ErrorBody>),
     /// Answers [`Effect::Join`].
     Joined(Option<u64>, Result<Subscribed, ErrorBody>),
+    /// Answers [`Effect::Recover`]; what was found has been sent.
+    Recovered(u64, Result<(), ErrorBody>),
+    /// Answers [`Effect::ReadHistory`].
+    History(u64, Result<History, ErrorBody>),
     /// Answers [`Effect::Leave`].
     Left(Option<u64>, Result<(), ErrorBody>),
     /// Answers [`Effect::Leave`] of a channel whose subscription had not been confirmed; its `subscribe` was
     /// answered before.
     LeftUnconfirmed(Option<u64>),
+    /// A back end ended a subscription; with the id of its `subscribe` when that had no answer yet.
+    Unsubscribed(Option<Option<u64>>, Unsubscribed),
     /// Answers [`Effect::Publish`].
     Published(Option<u64>, Result<Published, ErrorBody>),
     /// Answers [`Effect::Ack`] and [`Effect::Fail`] with the same id.
@@ -86,6 +105,21 @@ pub enum Input {
     Resync,
     /// The time of [`Effect::ArmInbox`] has passed.
     InboxTimer,
+    /// Answers [`Effect::AwaitKeys`]: the keys of tokens were looked up, well or not.
+    KeysLookedUp,
+    /// Answers [`Effect::AwaitKeys`]: too many wait already.
+    NoRoomToWait,
+    /// The token has ended; without another one the connection is closed after so many seconds.
+    TokenEnded {
+        /// Seconds until then.
+        close_in_s: u64,
+    },
+    /// Some subscription token has ended.
+    GrantsEnded,
+    /// Answers [`Effect::ListChannels`].
+    Channels(Vec<Rc<str>>),
+    /// Answers [`Effect::EndSubscription`]: the subscription was there, and is not any more.
+    Ended(String, ErrorBody),
 }
 
 /// What to do.
@@ -111,6 +145,10 @@ pub enum Effect {
     ArmInbox(Duration),
     /// Subscribe; answered by [`Input::Joined`] with the same id.
     Join(Option<u64>, String),
+    /// Subscribe and go on from a place; answered by [`Input::Recovered`] with the same id.
+    Recover(u64, String, Place),
+    /// Read a part of a channel's history; answered by [`Input::History`] with the same id.
+    ReadHistory(u64, ReadHistory),
     /// Unsubscribe; answered by [`Input::Left`] with the same id.
     Leave(Option<u64>, String),
     /// Publish; answered by [`Input::Published`] with the same id.
@@ -144,12 +182,22 @@ pub enum Effect {
     },
     /// End the connection.
     Close(CloseCode, Cow<'static, str>),
+    /// Wait until the keys of tokens were looked up; answered by [`Input::KeysLookedUp`] or [`Input::NoRoomToWait`].
+    AwaitKeys,
+    /// Another token was taken.
+    Refreshed,
+    /// Say which channels are subscribed; answered by [`Input::Channels`].
+    ListChannels,
+    /// End a subscription for this reason; answered by [`Input::Ended`] when there was one.
+    EndSubscription(String, ErrorBody),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
     /// Nothing but `hello` is taken.
     AwaitHello,
+    /// The key of the token that `hello` had is being looked up.
+    LookingUp,
     /// The session is being registered.
     Registering,
     /// The inbox is being read for the first time.
@@ -169,15 +217,22 @@ pub struct Machine {
     without_channels: bool,
     /// The last read of the inbox failed.
     without_inbox: bool,
+    /// The token has ended: only another one is waited for.
+    expired: bool,
     session: Uuid,
     user: Rc<str>,
     capabilities: Option<Rc<Capabilities>>,
     expires_s: u64,
+    /// When the token was made, in Unix seconds; 0 when it does not say.
+    issued_s: u64,
     inbox: Option<Box<Cursor>>,
     /// Kept until `welcome`.
     opening: Option<Box<Opening>>,
-    /// Where a read is for; rarely set.
-    device: Option<Rc<str>>,
+    /// What of `hello` and the token is rarely given.
+    more: Option<Box<More>>,
+    /// Of subscription tokens; rarely set.
+    #[expect(clippy::box_collection, reason = "a connection pays for a pointer and not for a list")]
+    grants: Option<Box<Vec<tokens::Grant>>>,
 }
 
 /// What is needed only until `welcome` was sent.
@@ -185,6 +240,8 @@ pub struct Machine {
 struct Opening {
     token: Option<String>,
     hello_id: Option<u64>,
+    /// Kept while the token's key is looked up.
+    hello: Option<Hello>,
 }
 
 impl Machine {
@@ -197,13 +254,16 @@ impl Machine {
             subscriptions: 0,
             without_channels: false,
             without_inbox: false,
+            expired: false,
             session: Uuid::nil(),
             user: nobody,
             capabilities: None,
             expires_s: u64::MAX,
+            issued_s: 0,
             inbox: None,
-            opening: Some(Box::new(Opening { token, hello_id: None })),
-            device: None,
+            opening: Some(Box::new(Opening { token, hello_id: None, hello: None })),
+            more: None,
+            grants: None,
         }
     }
 
@@ -218,7 +278,7 @@ impl Machine {
     /// Whether `hello` was accepted.
     #[must_use]
     pub fn is_identified(&self) -> bool {
-        !matches!(self.phase, Phase::AwaitHello) && !self.session.is_nil()
+        !matches!(self.phase, Phase::AwaitHello | Phase::LookingUp) && !self.session.is_nil()
     }
 
     /// The session's id; nil before `hello`.
@@ -236,7 +296,7 @@ impl Machine {
     /// The device that `hello` named.
     #[must_use]
     pub fn device(&self) -> &str {
-        self.device.as_deref().unwrap_or_default()
+        self.more.as_ref().map_or("", |more| &more.device)
     }
 
     /// When the token ends, in Unix seconds.
@@ -272,6 +332,10 @@ impl Machine {
             Input::Refused(Refused::Command { id, error }) => send(id, Event::Error(error), effects),
             Input::SessionOpened(result) => self.on_session_opened(result, effects, around),
             Input::Page(page) => self.on_page(page, around, effects),
+            Input::Joined(BY_SERVER, result) => self.on_joined_by_server(result, effects),
+            Input::Unsubscribed(cancelled, unsubscribed) => {
+                self.on_unsubscribed(cancelled, unsubscribed, effects);
+            }
             Input::Joined(id, result) => {
                 self.answered();
                 if result.is_err() {
@@ -279,6 +343,8 @@ impl Machine {
                 }
                 reply(id, result.map(Event::Subscribed), effects);
             }
+            Input::Recovered(id, result) => self.on_recovered(id, result, effects),
+            Input::History(id, result) => self.on_history(id, result, effects),
             Input::Left(id, result) => {
                 self.answered();
                 if result.is_ok() {
@@ -305,6 +371,15 @@ impl Machine {
             Input::Alive(now) => self.on_alive(now, around, effects),
             Input::Resync => self.with_inbox(around, effects, Cursor::resync),
             Input::InboxTimer => self.with_inbox(around, effects, Cursor::on_timer),
+            Input::KeysLookedUp => self.on_keys_looked_up(around, effects),
+            Input::NoRoomToWait => {
+                let why = "too many wait for the keys of their tokens; try again in a few seconds";
+                self.close(CloseCode::TryAgainLater, why, effects);
+            }
+            Input::TokenEnded { close_in_s } => self.on_token_ended(close_in_s, effects),
+            Input::GrantsEnded => self.on_grants_ended(around, effects),
+            Input::Channels(channels) => self.on_channels(&channels, around, effects),
+            Input::Ended(channel, error) => self.on_ended(channel, error, effects),
         }
     }
 
@@ -335,58 +410,40 @@ impl Machine {
                 let error = ErrorBody::new(ErrorCode::BadRequest, "hello was said already; it comes once");
                 send(id, Event::Error(error), effects);
             }
-            (_, Command::Subscribe(subscribe)) => self.on_subscribe(id, subscribe.channel, effects),
+            (_, Command::Subscribe(subscribe)) => self.on_subscribe(id, subscribe, around, effects),
             (_, Command::Unsubscribe(unsubscribe)) => {
                 self.outstanding += 1;
+                self.drop_grant(&unsubscribe.channel);
                 effects.push(Effect::Leave(id, unsubscribe.channel));
             }
-            (_, Command::Publish(publish)) => {
-                if self.allow(id, Action::Publish, &publish.channel, effects) {
-                    self.outstanding += 1;
-                    effects.push(Effect::Publish(id, publish));
-                }
-            }
+            (_, Command::Publish(publish)) => self.on_publish(id, publish, around, effects),
             (_, Command::Ack(ack)) => self.on_ack(id, ack, around, effects),
             (_, Command::Nak(nak)) => self.on_nak(id, nak, around, effects),
             (_, Command::Term(term)) => self.on_term(id, term, around, effects),
             (_, Command::Working(working)) => self.on_working(id, working, around, effects),
+            (_, Command::History(read)) => self.on_read_history(id, read, around, effects),
             (_, Command::Credit(credit)) => self.on_credit(id, credit, around, effects),
+            (_, Command::Refresh(refresh)) => self.on_refresh(id, refresh, around, effects),
         }
     }
 
     fn on_hello(
         &mut self,
         id: Option<u64>,
-        hello: Hello,
+        mut hello: Hello,
         around: &dyn Surroundings,
         effects: &mut Vec<Effect>,
     ) {
         let opening = self.opening.get_or_insert_default();
         opening.hello_id = id;
-        let Some(token) = hello.token.or_else(|| opening.token.take()) else {
+        let Some(token) = hello.token.take().or_else(|| opening.token.take()) else {
             let why =
                 "no token: put one in hello, in the Authorization header or in the token query parameter";
             return self.close(CloseCode::Unauthorized, why, effects);
         };
         opening.token = None;
-        let Claims { sub, exp, caps, .. } = match around.verifier().verify(&token, around.now_s()) {
-            Ok(claims) => claims,
-            Err(VerifyError::Refused(why)) => return self.close(CloseCode::Unauthorized, why, effects),
-            Err(VerifyError::Unavailable(why)) => return self.close(CloseCode::TryAgainLater, why, effects),
-        };
-        if let Err(error) = sanjay_protocol::names::check("sub", &sub) {
-            return self.close(CloseCode::Unauthorized, format!("token: {error}"), effects);
-        }
-        self.user = sub.into();
-        self.expires_s = exp;
-        self.capabilities = Some(around.intern(caps));
-        self.session = around.session_id();
-        tracing::debug!(session = %self.session, client = hello.client, "hello");
-        self.device = (!hello.device.is_empty()).then(|| hello.device.into());
-        let credit = hello.credit.unwrap_or(limits::DEFAULT_CREDIT);
-        self.inbox = (credit > 0).then(|| Box::new(Cursor::new(credit)));
-        self.phase = Phase::Registering;
-        effects.push(Effect::OpenSession { inbox: credit > 0 });
+        let verified = around.verifier().verify(&token, around.now_s());
+        self.identify(verified, token, hello, around, effects);
     }
 
     fn on_session_opened(
@@ -438,38 +495,6 @@ impl Machine {
                 let fraction = around.fraction();
                 self.with_inbox(around, effects, |cursor, steps| cursor.on_read_failed(fraction, steps));
             }
-        }
-    }
-
-    fn on_subscribe(&mut self, id: Option<u64>, channel: String, effects: &mut Vec<Effect>) {
-        if !self.allow(id, Action::Subscribe, &channel, effects) {
-            return;
-        }
-        if usize::from(self.subscriptions) >= limits::MAX_SUBSCRIPTIONS {
-            let most = limits::MAX_SUBSCRIPTIONS;
-            let why =
-                format!("this connection has {most} channels, the most that one may have; unsubscribe first");
-            return send(id, Event::Error(ErrorBody::new(ErrorCode::LimitExceeded, why)), effects);
-        }
-        self.subscriptions += 1;
-        self.outstanding += 1;
-        effects.push(Effect::Join(id, channel));
-    }
-
-    fn on_credit(
-        &mut self,
-        id: Option<u64>,
-        credit: Credit,
-        around: &dyn Surroundings,
-        effects: &mut Vec<Effect>,
-    ) {
-        if self.inbox.is_none() {
-            let why = "this connection takes no part in the inbox: hello said credit 0";
-            return send(id, Event::Error(ErrorBody::new(ErrorCode::BadRequest, why)), effects);
-        }
-        self.with_inbox(around, effects, |cursor, steps| cursor.on_credit(credit.n, steps));
-        if id.is_some() {
-            send(id, Event::Ok(Empty {}), effects);
         }
     }
 
@@ -536,17 +561,6 @@ impl Machine {
             features.push("inbox".to_owned());
         }
         features
-    }
-
-    fn allow(&self, id: Option<u64>, action: Action, channel: &str, effects: &mut Vec<Effect>) -> bool {
-        let allowed = self.capabilities.as_ref().is_some_and(|caps| caps.allow(action, channel));
-        if !allowed {
-            let action = if action == Action::Publish { "publish to" } else { "subscribe to" };
-            let why =
-                format!("the token does not allow to {action} \"{channel}\"; its caps must name the channel");
-            send(id, Event::Error(ErrorBody::new(ErrorCode::Forbidden, why)), effects);
-        }
-        allowed
     }
 
     fn answered(&mut self) {

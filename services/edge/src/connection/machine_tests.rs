@@ -5,9 +5,12 @@ use sanjay_proto::edge::v1::FailureKind;
 use sanjay_protocol::{
     command::{Ack, Credit, Hello, Nak, Subscribe, Term, Unsubscribe, Working},
     payload::Payload,
+    token::Claims,
 };
+use sanjay_runtime::namespaces::Publishers;
 
 use super::*;
+use crate::verifier::VerifyError;
 
 /// Surroundings in which every token but a few is good, and says its user and capabilities itself.
 struct Around {
@@ -31,7 +34,7 @@ impl TokenVerifier for Verifier {
             _ => Capabilities::everything(),
         };
         let sub = if token == "nameless" { String::new() } else { "bob".to_owned() };
-        Ok(Claims { sub, exp: now_s + 60, iat: None, nbf: None, caps })
+        Ok(Claims { sub, exp: now_s + 60, iat: None, nbf: None, jti: None, caps, channel: None })
     }
 }
 
@@ -57,6 +60,15 @@ impl Surroundings for Around {
     }
     fn ack_due(&self) -> Tick {
         500
+    }
+    fn namespace(&self, channel: &str) -> Namespace {
+        match sanjay_runtime::namespaces::name_of(channel) {
+            "private" => Namespace { private: true, ..Namespace::default() },
+            "feed" => Namespace { publish: Publishers::Backends, ..Namespace::default() },
+            "log" => Namespace { history_size: 5, ..Namespace::default() },
+            "small" => Namespace { max_payload_bytes: 4, ..Namespace::default() },
+            _ => Namespace::default(),
+        }
     }
 }
 
@@ -201,7 +213,8 @@ fn a_change_of_what_is_reduced_is_told_once() {
 
 #[test]
 fn hello_is_first_and_once() {
-    let subscribe = || command(1, Command::Subscribe(Subscribe { channel: "a".into() }));
+    let subscribe =
+        || command(1, Command::Subscribe(Subscribe { channel: "a".into(), ..Subscribe::default() }));
     let effects = on(&mut machine(), subscribe());
     assert!(matches!(effects[..], [Effect::Close(CloseCode::BadFrame, _)]), "{effects:?}");
     let refused = Refused::Command { id: None, error: ErrorBody::new(ErrorCode::BadRequest, "no") };
@@ -240,16 +253,19 @@ fn what_the_token_does_not_allow_is_forbidden() {
         dedupe: String::new(),
     });
     assert_eq!(error_code(&on(&mut machine, command(2, publish))), Some(ErrorCode::Forbidden));
-    let subscribe = Command::Subscribe(Subscribe { channel: "a".into() });
+    let subscribe = Command::Subscribe(Subscribe { channel: "a".into(), ..Subscribe::default() });
     assert_eq!(on(&mut machine, command(3, subscribe)), [Effect::Join(Some(3), "a".into())]);
 }
 
 #[test]
 fn channels_of_a_connection_are_bounded() {
     let mut machine = ready("good");
-    let subscribe = |n: usize| command(n as u64, Command::Subscribe(Subscribe { channel: n.to_string() }));
+    let subscribe = |n: usize| {
+        command(n as u64, Command::Subscribe(Subscribe { channel: n.to_string(), ..Subscribe::default() }))
+    };
     let confirmed = |n: usize| {
-        let subscribed = Subscribed { channel: n.to_string(), epoch: "e".into(), offset: 0 };
+        let subscribed =
+            Subscribed { channel: n.to_string(), epoch: "e".into(), offset: 0, ..Subscribed::default() };
         Input::Joined(Some(n as u64), Ok(subscribed))
     };
     for n in 0..limits::MAX_SUBSCRIPTIONS {
@@ -391,7 +407,7 @@ fn ops() -> impl Strategy<Value = Vec<Op>> {
     let op = prop_oneof![
         2 => Just(Op::Command(Command::Hello(Hello { token: Some("good".into()), ..Hello::default() }))),
         1 => Just(Op::Command(Command::Ping)),
-        4 => channel().prop_map(|channel| Op::Command(Command::Subscribe(Subscribe { channel }))),
+        4 => channel().prop_map(|channel| Op::Command(Command::Subscribe(Subscribe { channel, ..Subscribe::default() }))),
         2 => channel().prop_map(|channel| Op::Command(Command::Unsubscribe(Unsubscribe { channel }))),
         4 => channel().prop_map(move |channel| Op::Command(Command::Publish(publish(channel)))),
         3 => (1..9u64).prop_map(|to| Op::Command(Command::Ack(Ack { ranges: vec![(1, to)], trace: String::new() }))),
@@ -461,7 +477,8 @@ impl Driver {
                 Input::Page(if well { Ok(page(after, self.head)) } else { Err(away()) })
             }
             Effect::Join(id, channel) => {
-                let subscribed = Subscribed { channel, epoch: "e".into(), offset: 0 };
+                let subscribed =
+                    Subscribed { channel, epoch: "e".into(), offset: 0, ..Subscribed::default() };
                 Input::Joined(id, if well { Ok(subscribed) } else { Err(away()) })
             }
             Effect::Leave(id, _) => Input::Left(id, if well { Ok(()) } else { Err(away()) }),
@@ -545,4 +562,102 @@ fn a_device_for_which_there_is_no_room_is_told_and_closed() {
     let close = Effect::Close(CloseCode::Forbidden, "too many".into());
     assert_eq!(on(&mut machine, Input::Page(Err(error))), [close]);
     assert_eq!(on(&mut machine, Input::Resync), []);
+}
+
+#[test]
+fn a_namespace_denies_what_a_capability_allows() {
+    let mut machine = ready("good");
+    let publish = |channel: &str, text: &str| {
+        let payload = Payload::Text(text.into());
+        command(2, Command::Publish(Publish { channel: channel.into(), payload, dedupe: String::new() }))
+    };
+    let subscribe = |channel: &str| {
+        command(3, Command::Subscribe(Subscribe { channel: channel.into(), ..Subscribe::default() }))
+    };
+    let cases = [
+        (subscribe("private:1"), ErrorCode::Forbidden, "channels of the namespace \"private\" are private"),
+        (
+            publish("feed:1", "x"),
+            ErrorCode::Forbidden,
+            "only back ends publish to channels of the namespace \"feed\"",
+        ),
+        (
+            publish("small:1", "fünf"),
+            ErrorCode::PayloadTooLarge,
+            "payload has 5 bytes; at most 4 are allowed in the namespace",
+        ),
+    ];
+    for (input, code, text) in cases {
+        let effects = on(&mut machine, input);
+        assert_eq!(error_code(&effects), Some(code), "{effects:?}");
+        assert!(format!("{effects:?}").contains(&text.replace('"', "\\\"")), "{effects:?}");
+    }
+    for allowed in [subscribe("feed:1"), publish("private:1", "x"), publish("small:1", "four")] {
+        let effects = on(&mut machine, allowed);
+        assert!(matches!(&effects[..], [Effect::Join(..) | Effect::Publish(..)]), "{effects:?}");
+    }
+    // Without the capability the namespace is not even looked at.
+    let mut reader = ready("reader");
+    let effects = on(&mut reader, publish("feed:1", "x"));
+    assert!(format!("{effects:?}").contains("the token does not allow"), "{effects:?}");
+}
+
+#[test]
+fn an_answer_with_many_messages_comes_alone() {
+    let place = || sanjay_protocol::Position { epoch: "e".into(), offset: 3 };
+    let mut machine = ready("good");
+    let recover = |id| {
+        Command::Subscribe(Subscribe { channel: "log:1".into(), recover: Some(place()), token: None })
+            .envelope(id)
+    };
+    let read = |channel: &str| ReadHistory { channel: channel.into(), since: None, limit: 5 };
+    let effects = on(&mut machine, recover(Some(2)));
+    assert_eq!(effects, [Effect::Recover(2, "log:1".into(), place())]);
+    assert!(!machine.takes_commands(), "nothing more is taken before it");
+    assert_eq!(on(&mut machine, Input::Recovered(2, Ok(()))), [], "the shard has sent the answer");
+    assert!(machine.takes_commands());
+    let effects = on(&mut machine, command(3, Command::History(read("log:1"))));
+    assert_eq!(effects, [Effect::ReadHistory(3, read("log:1"))]);
+    assert!(!machine.takes_commands());
+    let effects = on(&mut machine, Input::History(3, Ok(History::default())));
+    assert!(matches!(&effects[..], [Effect::Send(EventEnvelope { id: Some(3), event: Event::History(_) })]));
+    assert!(machine.takes_commands());
+    // A failure is told, and gives the subscription's place back.
+    on(&mut machine, recover(Some(4)));
+    let error = ErrorBody::new(ErrorCode::Unavailable, "away");
+    assert_eq!(error_code(&on(&mut machine, Input::Recovered(4, Err(error)))), Some(ErrorCode::Unavailable));
+    assert!(machine.takes_commands() && machine.subscriptions == 1);
+}
+
+#[test]
+fn what_would_be_answered_to_nobody_or_from_nothing_is_refused() {
+    let mut machine = ready("good");
+    let read =
+        |channel: &str| Command::History(ReadHistory { channel: channel.into(), since: None, limit: 5 });
+    let place = Some(sanjay_protocol::Position { epoch: "e".into(), offset: 3 });
+    let recover = Command::Subscribe(Subscribe { channel: "log:1".into(), recover: place, token: None });
+    for (input, text) in [
+        (recover.envelope(None), "subscribe with recover needs an id"),
+        (read("log:1").envelope(None), "history needs an id"),
+        (read("news").envelope(Some(2)), "keep no history"),
+    ] {
+        let effects = on(&mut machine, input);
+        assert_eq!(error_code(&effects), Some(ErrorCode::BadRequest), "{effects:?}");
+        assert!(format!("{effects:?}").contains(text), "{effects:?}");
+    }
+    assert!(machine.takes_commands() && machine.subscriptions == 0);
+    let mut reader = ready("reader");
+    let effects = on(&mut reader, read("log:1").envelope(Some(2)));
+    assert_eq!(error_code(&effects), Some(ErrorCode::Forbidden));
+    assert!(format!("{effects:?}").contains("does not allow to read the history of"), "{effects:?}");
+}
+
+trait Enveloped {
+    fn envelope(self, id: Option<u64>) -> Input;
+}
+
+impl Enveloped for Command {
+    fn envelope(self, id: Option<u64>) -> Input {
+        Input::Command(Envelope { id, command: self })
+    }
 }

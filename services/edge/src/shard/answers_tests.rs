@@ -78,7 +78,15 @@ struct Everybody;
 impl TokenVerifier for Everybody {
     fn verify(&self, _: &str, now_s: u64) -> Result<Claims, VerifyError> {
         let caps = Capabilities::everything();
-        Ok(Claims { sub: "bob".to_owned(), exp: now_s + 3_600, iat: None, nbf: None, caps })
+        Ok(Claims {
+            sub: "bob".to_owned(),
+            exp: now_s + 3_600,
+            iat: None,
+            nbf: None,
+            jti: None,
+            caps,
+            channel: None,
+        })
     }
 }
 
@@ -103,11 +111,16 @@ impl Bench {
             random: Arc::new(SeededRandom::new(1)),
             verifier: Arc::new(Everybody),
             metrics: Arc::new(Metrics::register(&mut prometheus_client::registry::Registry::default())),
+            revocations: crate::revocations::Revocations::default(),
             connections: AtomicUsize::new(0),
+            namespaces: sanjay_runtime::SharedNamespaces::default(),
+            subscribers: Arc::default(),
         };
         let ((link, links), (read, reads), (ack, acks)) =
             (mpsc::channel(128), mpsc::channel(128), mpsc::channel(128));
-        let upstream = Upstream { link: Lane::new(link), reads: Lane::new(read), acks: Lane::new(ack) };
+        let histories = Lane::new(mpsc::channel(128).0);
+        let upstream =
+            Upstream { link: Lane::new(link), reads: Lane::new(read), acks: Lane::new(ack), histories };
         let shard = Shard::new(0, Arc::new(common), upstream);
         let socket = Socket { room: Cell::new(usize::MAX), taken: RefCell::default() };
         let conn = shard.add(socket, Some("token".to_owned()));

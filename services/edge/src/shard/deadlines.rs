@@ -42,6 +42,7 @@ impl<T: Transport> Shard<T> {
             self.relieve();
             self.announce_some();
             self.report_milestones();
+            self.report_connections();
         }
     }
 
@@ -63,15 +64,19 @@ impl<T: Transport> Shard<T> {
     fn check_open(self: &Rc<Self>, conn: &Rc<Connection<T>>) {
         let now = self.now();
         let config = &self.common.config;
-        let (identified, expires_s) = {
+        let (identified, looking_up) = {
             let machine = conn.machine.borrow();
-            (machine.is_identified(), machine.expires_s())
+            (machine.is_identified(), machine.is_looking_up())
         };
+        if looking_up && after(conn.opened, config.hello_timeout()) <= now {
+            let why = "the token's key could not be looked up in time; try again in a few seconds";
+            return self.close(conn, CloseCode::TryAgainLater, why, false);
+        }
         if !identified && after(conn.opened, config.hello_timeout()) <= now {
             return self.close(conn, CloseCode::TooSlow, "no hello in time", false);
         }
-        if identified && expires_s <= self.common.clock.now_s() {
-            return self.close(conn, CloseCode::TokenExpired, "the token has expired; get a new one", false);
+        if identified && self.check_tokens(conn) {
+            return;
         }
         if conn.waiting() > 0 && after(conn.progress.get(), config.stall_timeout()) <= now {
             let why = "nothing that waits was read for too long";
@@ -130,7 +135,7 @@ impl<T: Transport> Shard<T> {
         if !machine.is_identified() {
             next = next.min(after(conn.opened, config.hello_timeout()));
         } else {
-            let left_s = machine.expires_s().saturating_sub(self.common.clock.now_s());
+            let left_s = self.tokens_due_s(conn);
             next = next.min(after(self.now(), Duration::from_secs(left_s).max(TOKEN_CHECK)));
         }
         if conn.waiting() > 0 {

@@ -8,12 +8,14 @@ use bytes::Bytes;
 use sanjay_proto::{client::v1::InboxMessage, edge::v1::Milestone};
 use sanjay_protocol::{
     Command, ErrorBody, ErrorCode, Event,
-    command::{Envelope, Publish},
+    command::{Envelope, Publish, Subscribe},
     event::Subscribed,
     json::{self, Refused},
+    recovery::with_id,
     token::Capabilities,
 };
 use sanjay_runtime::{
+    Namespace,
     metrics::seconds_between,
     random::{fraction, uuid_v4, uuid_v7},
 };
@@ -24,6 +26,7 @@ use uuid::Uuid;
 use super::{
     Needs, Shard,
     answers::REPORT_AFTER,
+    events::Happened,
     hub::{Join, Leave, Top},
     wheel::{Tick, Wheel},
 };
@@ -32,6 +35,7 @@ use crate::{
         Connection, Life, MAX_WAITING_TO_READ, NEVER, Wrote,
         machine::{Effect, Input, Surroundings, Terms},
     },
+    revocations::Held,
     spans::{self, Origin},
     upstream::{ClientPublish, ConnKey, LinkRequest, ReadRequest, ShardEvent},
     verifier::TokenVerifier,
@@ -122,6 +126,9 @@ impl<'a, T: Transport> Turn<'a, T> {
         while let Some(input) = inputs.pop_front() {
             // Nothing else than these two pushes.
             self.from = if matches!(input, Input::Page(_)) { Origin::Read } else { Origin::Hint };
+            if self.shard.watched.get() {
+                self.shard.note_input(self.conn, &input);
+            }
             self.conn.machine.borrow_mut().on(input, &**self.shard, &mut effects);
             for effect in effects.drain(..) {
                 inputs.extend(self.carry_out(effect));
@@ -136,6 +143,9 @@ impl<'a, T: Transport> Turn<'a, T> {
             Effect::Send(envelope) => {
                 if matches!(envelope.event, Event::Settled(_)) {
                     self.shard.common.metrics.settled_pushes.inc();
+                }
+                if self.shard.watched.get() && matches!(envelope.event, Event::Welcome(_)) {
+                    self.shard.note(&self.conn.machine.borrow(), Happened::Online);
                 }
                 json::encode(&envelope, &mut self.out);
                 self.flush_if_large();
@@ -153,8 +163,14 @@ impl<'a, T: Transport> Turn<'a, T> {
             }
             Effect::ArmInbox(after) => self.conn.inbox_due.set(self.after(after)),
             Effect::Join(id, channel) => return self.join(id, channel),
+            Effect::Recover(id, channel, place) => return self.recover(id, &channel, &place),
+            Effect::ReadHistory(id, read) => self.shard.read_history(self.conn.key, id, read),
             Effect::Leave(id, channel) => return Some(self.leave(id, &channel)),
             Effect::Publish(id, publish) => self.publish(id, publish),
+            Effect::AwaitKeys => return self.shard.await_keys(self.conn.key),
+            Effect::Refreshed => drop(self.shard.common.metrics.tokens.refreshes.inc()),
+            Effect::ListChannels => return Some(Input::Channels(self.shard.channels_of(self.conn))),
+            Effect::EndSubscription(channel, error) => return self.end_subscription(channel, error),
             Effect::Ack { id, epoch, ranges, trace } => {
                 self.shard.ack(self.conn, id, epoch, ranges, trace);
             }
@@ -185,15 +201,18 @@ impl<'a, T: Transport> Turn<'a, T> {
     }
 
     fn join(&mut self, id: Option<u64>, channel: String) -> Option<Input> {
-        let joined = self.shard.hub.borrow_mut().join(self.conn.key.index, id, &channel);
+        let most = self.shard.common.namespaces.of(&channel).max_subscribers;
+        let joined = self.shard.hub.borrow_mut().join_within(most, self.conn.key.index, id, &channel);
         match joined {
             Join::Already => {
                 let why = format!("\"{channel}\" is subscribed already on this connection");
                 Some(Input::Joined(id, Err(ErrorBody::new(ErrorCode::AlreadySubscribed, why))))
             }
-            Join::Member(Top { epoch, offset }) => {
-                Some(Input::Joined(id, Ok(Subscribed { channel, epoch: epoch.to_string(), offset })))
-            }
+            Join::Full => Some(Input::Joined(id, Err(full(&channel, most)))),
+            Join::Member(Top { epoch, offset }) => Some(Input::Joined(
+                id,
+                Ok(Subscribed { channel, epoch: epoch.to_string(), offset, ..Subscribed::default() }),
+            )),
             Join::Waits { ask } => {
                 if let Some(name) = ask {
                     self.shard.common.metrics.channels.inc();
@@ -204,7 +223,8 @@ impl<'a, T: Transport> Turn<'a, T> {
         }
     }
 
-    fn leave(&mut self, id: Option<u64>, channel: &str) -> Input {
+    pub(super) fn leave(&mut self, id: Option<u64>, channel: &str) -> Input {
+        let sought = self.shard.cancel_seek(channel, self.conn.key);
         let left = self.shard.hub.borrow_mut().leave(self.conn.key.index, channel);
         match left {
             Leave::NotSubscribed => {
@@ -212,17 +232,19 @@ impl<'a, T: Transport> Turn<'a, T> {
                 Input::Left(id, Err(ErrorBody::new(ErrorCode::NotSubscribed, why)))
             }
             Leave::Left { cancelled, last } => {
-                if let Some(name) = last {
-                    self.shard.common.metrics.channels.dec();
-                    self.shard.upstream.link.send(LinkRequest::Unsubscribe(self.shard.number, name));
+                self.shard.forget_channel(last);
+                let unconfirmed = sought.is_some() || cancelled.is_some();
+                if !unconfirmed && self.shard.watched.get() {
+                    self.shard.note(&self.conn.machine.borrow(), Happened::Unsubscribed(channel));
                 }
-                if let Some(subscribe) = cancelled {
+                if unconfirmed {
                     let why = "unsubscribed before the subscription was confirmed";
-                    self.conn.machine.borrow_mut().on(
-                        Input::Joined(subscribe, Err(ErrorBody::new(ErrorCode::NotSubscribed, why))),
-                        &**self.shard,
-                        &mut self.effects,
-                    );
+                    let error = ErrorBody::new(ErrorCode::NotSubscribed, why);
+                    let failed = match sought {
+                        Some(id) => Input::Recovered(id, Err(error)),
+                        None => Input::Joined(cancelled.flatten(), Err(error)),
+                    };
+                    self.conn.machine.borrow_mut().on(failed, &**self.shard, &mut self.effects);
                     for effect in std::mem::take(&mut self.effects) {
                         self.carry_out(effect);
                     }
@@ -278,6 +300,12 @@ impl<'a, T: Transport> Turn<'a, T> {
         self.shard.deliver(self.conn, frame);
     }
 
+    /// Adds an answer that others get too, but for its id.
+    pub(super) fn append(&mut self, id: u64, shared: &[u8]) {
+        with_id(id, shared, &mut self.out);
+        self.flush_if_large();
+    }
+
     fn flush_if_large(&mut self) {
         if self.out.len() >= MESSAGE_BYTES {
             self.flush();
@@ -313,14 +341,25 @@ impl<'a, T: Transport> Turn<'a, T> {
     }
 }
 
+/// Why a channel takes no further subscriber.
+pub(super) fn full(channel: &str, most: u32) -> ErrorBody {
+    let why = format!("\"{channel}\" has {most} subscribers on this edge, as many as its namespace allows");
+    ErrorBody::new(ErrorCode::LimitExceeded, why)
+}
+
 /// Which lane a command goes through.
 fn needs(command: &Result<Envelope, Refused>) -> Needs {
     match command.as_ref().map(|envelope| &envelope.command) {
         Ok(Command::Ack(_) | Command::Nak(_) | Command::Term(_)) => Needs::Acks,
         Ok(Command::Ping | Command::Working(_) | Command::Credit(_)) | Err(_) => Needs::Nothing,
-        Ok(Command::Hello(_) | Command::Subscribe(_) | Command::Unsubscribe(_) | Command::Publish(_)) => {
-            Needs::Router
-        }
+        Ok(Command::Subscribe(Subscribe { recover: Some(_), .. }) | Command::History(_)) => Needs::Histories,
+        Ok(
+            Command::Hello(_)
+            | Command::Subscribe(_)
+            | Command::Unsubscribe(_)
+            | Command::Publish(_)
+            | Command::Refresh(_),
+        ) => Needs::Router,
     }
 }
 
@@ -366,6 +405,7 @@ impl<T: Transport> Shard<T> {
             ShardEvent::Published(key, id, result) => (key, Input::Published(id, result)),
             ShardEvent::Page(key, page) => (key, Input::Page(page)),
             ShardEvent::Acked(key, id, result) => (key, Input::Acked(id, result)),
+            ShardEvent::History(key, id, result) => (key, Input::History(id, result)),
             _ => return,
         };
         if let Some(conn) = self.connection(key) {
@@ -449,5 +489,13 @@ impl<T: Transport> Surroundings for Shard<T> {
 
     fn ack_due(&self) -> Tick {
         Shard::ack_due(self)
+    }
+
+    fn namespace(&self, channel: &str) -> Namespace {
+        self.common.namespaces.of(channel)
+    }
+
+    fn revoked(&self, held: &Held<'_>) -> Option<&'static str> {
+        self.is_revoked(held)
     }
 }

@@ -24,7 +24,7 @@ use crate::{
 };
 
 /// Sockets written before other connections of the shard get their turn: 10,000 in a row would hold it for 50 ms.
-const SOCKETS_A_TURN: usize = 256;
+pub(super) const SOCKETS_A_TURN: usize = 256;
 
 /// Sessions that a shard announces in a tick, 50,000 a second.
 const SESSIONS_A_TICK: usize = 1_024;
@@ -34,11 +34,17 @@ const SESSIONS_AHEAD: usize = 1_024;
 
 impl<T: Transport> Shard<T> {
     /// A channel message: encoded once, its bytes shared by every subscriber.
-    pub(super) async fn fan_out(&self, publication: &Arc<Publication>, push: Option<Arc<ChannelPush>>) {
+    pub(super) async fn fan_out(
+        self: &Rc<Self>,
+        publication: &Arc<Publication>,
+        push: Option<Arc<ChannelPush>>,
+    ) {
         let Publication { channel: name, epoch, offset, .. } = &**publication;
         self.common.metrics.publications.inc();
         let step = self.hub.borrow_mut().on_publication(name, epoch, *offset);
         let Step::Deliver { channel, missed } = step else { return };
+        // Kept before others get their turn, and given to who recovers only after members have it.
+        let sought = self.note_recent(publication);
         let mut frame = encode(Opcode::Text, &json::encode_publication(publication));
         if let Some(missed) = missed {
             // In one write with the message, so that who joins meanwhile gets neither.
@@ -55,13 +61,28 @@ impl<T: Transport> Shard<T> {
             metrics.channel_latency.observe(seconds_between(publication.time_us, clock.now_us()));
         }
         self.milestone(&publication.message_id, "written", format!("{sockets} sockets"));
+        if sought {
+            self.advance(name);
+        }
+    }
+
+    /// Keeps a publication for those who recover in its channel, if anybody does.
+    fn note_recent(&self, publication: &Arc<Publication>) -> bool {
+        let mut all = self.recovering.borrow_mut();
+        let recovering = if all.is_empty() { None } else { all.get_mut(publication.channel.as_str()) };
+        if let Some(recovering) = recovering {
+            recovering.note(publication);
+            return true;
+        }
+        false
     }
 
     /// Publications were dropped on the way here.
-    pub(super) async fn on_gap(&self, name: &str, epoch: &str, top: u64) {
+    pub(super) async fn on_gap(self: &Rc<Self>, name: &str, epoch: &str, top: u64) {
         let gap = self.hub.borrow_mut().on_gap(name, epoch, top);
         if let Some((channel, missed)) = gap {
             self.tell_gap(channel, usize::MAX, name, epoch, missed).await;
+            self.advance(name);
         }
     }
 
@@ -82,6 +103,7 @@ impl<T: Transport> Shard<T> {
             }
             Err(error) => {
                 let before = self.hub.borrow().channel_count();
+                self.refuse_seekers(name, &error);
                 let waiters = self.hub.borrow_mut().on_refused(name);
                 if error.code != ErrorCode::Unavailable {
                     self.give_up(name);
@@ -100,6 +122,7 @@ impl<T: Transport> Shard<T> {
                 channel: name.to_owned(),
                 epoch: epoch.to_string(),
                 offset,
+                ..Subscribed::default()
             });
             Turn::once(self, &conn, Input::Joined(id, result));
             if conn.has_backlog() {
@@ -110,6 +133,7 @@ impl<T: Transport> Shard<T> {
         if let Some((channel, earlier, epoch, missed)) = gap {
             self.tell_gap(channel, earlier, name, &epoch, missed).await;
         }
+        self.advance(name);
     }
 
     /// The router will not hold a channel again that has members here. They come back and are answered for it,
@@ -285,7 +309,7 @@ fn gap_frame(name: &str, epoch: &str, Missed { from, to }: Missed) -> Bytes {
     push(Event::Gap(Gap { channel: name.to_owned(), epoch: epoch.to_owned(), from, to }))
 }
 
-fn push(event: Event) -> Bytes {
+pub(super) fn push(event: Event) -> Bytes {
     let mut envelope = Vec::new();
     json::encode(&EventEnvelope { id: None, event }, &mut envelope);
     encode(Opcode::Text, &envelope)

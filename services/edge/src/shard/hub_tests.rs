@@ -114,3 +114,80 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_bounded_channel_is_counted_across_shards() {
+    let subscribers = Arc::new(Subscribers::default());
+    let (mut a, mut b) = (Hub::new(Arc::clone(&subscribers)), Hub::new(Arc::clone(&subscribers)));
+    let joins = |join: &Join| *join != Join::Full;
+    assert!(joins(&a.join_within(2, 0, None, "a")) && joins(&b.join_within(2, 0, None, "a")));
+    assert_eq!(b.join_within(2, 1, None, "a"), Join::Full);
+    assert_eq!(b.join_within(2, 0, None, "a"), Join::Already, "who is in is not counted twice");
+    assert_eq!(a.join_within(2, 1, None, "b"), Join::Waits { ask: Some("b".into()) }, "another channel");
+    a.leave(0, "a");
+    assert!(joins(&b.join_within(2, 1, None, "a")));
+    assert_eq!(a.join_within(2, 0, None, "a"), Join::Full, "nobody here, two there");
+    // Those who wait and are refused, and those who go, are counted no more.
+    assert_eq!(b.on_refused("a").len(), 2);
+    assert!(joins(&a.join_within(1, 0, None, "a")));
+    a.leave_all(0);
+    a.leave_all(1);
+    assert_eq!(subscribers.channels(), 0, "nothing is left behind");
+}
+
+#[test]
+fn a_bound_that_comes_later_counts_those_who_are_there() {
+    let subscribers = Arc::new(Subscribers::default());
+    let mut hub = Hub::new(Arc::clone(&subscribers));
+    hub.join(0, None, "a");
+    hub.on_subscribed("a", top("e", 0)).unwrap();
+    hub.join(1, None, "a");
+    assert_eq!(hub.join_within(2, 2, None, "a"), Join::Full);
+    hub.leave(0, "a");
+    assert_eq!(hub.join_within(2, 2, None, "a"), Join::Member(top("e", 0)));
+    assert_eq!(hub.join(3, None, "a"), Join::Member(top("e", 0)), "without a bound again");
+    assert_eq!(hub.join_within(3, 0, None, "a"), Join::Full, "and all of them count");
+    (1..4).for_each(|conn| drop(hub.leave_all(conn)));
+    assert_eq!(subscribers.channels(), 0);
+}
+
+#[test]
+fn channels_are_looked_at_in_parts_with_their_members() {
+    let mut hub = Hub::default();
+    for (conn, channel) in [(0, "a"), (1, "a"), (0, "b"), (1, "c")] {
+        hub.join(conn, None, channel);
+    }
+    hub.on_subscribed("a", Top { epoch: "e".into(), offset: 0 });
+    hub.on_subscribed("b", Top { epoch: "e".into(), offset: 0 });
+    hub.leave(1, "c");
+    let (mut seen, mut from) = (Vec::new(), 0);
+    while hub.look(from, 1, |name, members| seen.push((name.to_owned(), members))) {
+        from += 1;
+    }
+    seen.sort();
+    assert_eq!(seen, [("a".to_owned(), 2), ("b".to_owned(), 1)]);
+    assert!(hub.holds(0, "a") && hub.holds(1, "a") && hub.holds(0, "b"));
+    assert!(!hub.holds(1, "b") && !hub.holds(1, "c") && !hub.holds(9, "a"));
+}
+
+#[test]
+fn who_recovers_holds_the_channel_and_gets_nothing_until_it_is_let_in() {
+    let subscribers = Arc::new(Subscribers::default());
+    let mut hub = Hub::new(Arc::clone(&subscribers));
+    assert_eq!(hub.seek(2, 0, "a"), Seek::Waits { ask: Some("a".into()) });
+    assert_eq!(hub.seek(2, 1, "a"), Seek::Waits { ask: None });
+    assert_eq!(hub.seek(2, 2, "a"), Seek::Full);
+    assert!(!hub.admit(0, "a"), "not before the channel is confirmed");
+    let (channel, confirmed) = hub.on_subscribed("a", top("e", 4)).unwrap();
+    assert_eq!((confirmed.waiters, hub.members(channel).len()), (vec![], 0));
+    assert_eq!(hub.on_publication("a", "e", 5), Step::Deliver { channel, missed: None });
+    assert_eq!(hub.seek(3, 2, "a"), Seek::Known(top("e", 5)));
+    assert!(hub.admit(1, "a") && !hub.admit(1, "a"), "once");
+    assert_eq!((hub.members(channel), hub.top_of("a")), (&[1][..], Some(top("e", 5))));
+    assert_eq!(hub.seek(0, 1, "a"), Seek::Already);
+    assert_eq!(hub.join(0, None, "a"), Join::Already);
+    assert_eq!(hub.leave(1, "a"), Leave::Left { cancelled: None, last: None }, "two hold it still");
+    assert_eq!(hub.leave_all(2), []);
+    assert_eq!(hub.leave(0, "a"), Leave::Left { cancelled: None, last: Some("a".into()) });
+    assert_eq!((subscribers.channels(), hub.channel_count(), hub.top_of("a")), (0, 0, None));
+}

@@ -1,10 +1,16 @@
 //! A shard: one thread that owns its connections outright, with a hub, a timing wheel and no locks.
 
 mod answers;
+mod control;
 pub mod deadlines;
 pub mod effects;
+mod events;
 pub mod fanout;
 pub mod hub;
+pub mod recovery;
+mod seek;
+pub mod subscribers;
+mod tokens;
 pub mod wheel;
 
 use std::{
@@ -18,23 +24,27 @@ use std::{
     time::Duration,
 };
 
-use sanjay_proto::edge::v1::Milestone;
+use sanjay_proto::edge::v1::{ConnectionEvents, Milestone};
 use sanjay_protocol::{CloseCode, token::Capabilities};
-use sanjay_runtime::{SharedClock, SharedRandom, mailbox};
+use sanjay_runtime::{SharedClock, SharedNamespaces, SharedRandom, mailbox};
 use sanjay_websocket::Transport;
 use slab::Slab;
 use smallvec::SmallVec;
 use tokio::time::Instant;
 
 use self::{
+    events::Happened,
     hub::{ConnIndex, Hub},
+    recovery::Recovering,
+    subscribers::Subscribers,
     wheel::{Tick, Wheel},
 };
 use crate::{
     Config,
     connection::{Connection, Life, NEVER, machine::Machine},
     metrics::{CloseLabel, Metrics},
-    upstream::{AckRequest, ConnKey, LinkRequest, ReadRequest, ShardEvent, lane::Lane},
+    revocations::Revocations,
+    upstream::{AckRequest, ConnKey, LinkRequest, ReadRequest, ShardEvent, history::HistoryRead, lane::Lane},
     verifier::TokenVerifier,
 };
 
@@ -59,8 +69,14 @@ pub struct Common {
     pub verifier: Arc<dyn TokenVerifier>,
     /// What happens here.
     pub metrics: Arc<Metrics>,
+    /// What back ends have revoked.
+    pub revocations: Revocations,
     /// Connections of all shards.
     pub connections: AtomicUsize,
+    /// Settings of channels.
+    pub namespaces: SharedNamespaces,
+    /// Of channels whose namespace bounds them.
+    pub subscribers: Arc<Subscribers>,
 }
 
 /// The ways from a shard to the control runtime.
@@ -71,6 +87,8 @@ pub struct Upstream {
     pub reads: Lane<ReadRequest>,
     /// Acks of inboxes.
     pub acks: Lane<AckRequest>,
+    /// Reads of channels' histories.
+    pub histories: Lane<HistoryRead>,
 }
 
 impl Upstream {
@@ -80,6 +98,7 @@ impl Upstream {
             Needs::Nothing => true,
             Needs::Router => self.link.has_room(),
             Needs::Acks => self.acks.has_room(),
+            Needs::Histories => self.histories.has_room() && self.link.has_room(),
         }
     }
 
@@ -87,6 +106,7 @@ impl Upstream {
         self.link.flush();
         self.reads.flush();
         self.acks.flush();
+        self.histories.flush();
     }
 }
 
@@ -96,6 +116,7 @@ enum Needs {
     Nothing,
     Router,
     Acks,
+    Histories,
 }
 
 /// One thread's connections. `T`: the sockets.
@@ -111,6 +132,8 @@ pub struct Shard<T> {
     connections: RefCell<Slab<Rc<Connection<T>>>>,
     generation: Cell<u32>,
     hub: RefCell<Hub>,
+    /// Channels in which somebody goes on from a position.
+    recovering: RefCell<HashMap<Arc<str>, Recovering>>,
     /// Connections that take part in a user's inbox.
     users: RefCell<HashMap<Rc<str>, SmallVec<[ConnIndex; 2]>>>,
     /// Those of `users` of whom the router last said that other sessions take part in the inbox, too.
@@ -119,10 +142,16 @@ pub struct Shard<T> {
     now: Cell<Tick>,
     capabilities: RefCell<BTreeSet<Rc<Capabilities>>>,
     milestones: RefCell<Vec<Milestone>>,
+    /// Whether somebody watches connections.
+    watched: Cell<bool>,
+    /// What happened to them meanwhile.
+    happened: RefCell<ConnectionEvents>,
     /// Connections whose sessions the new router has not been told of yet.
     announcing: RefCell<Vec<ConnKey>>,
     /// Connections with a backlog, to be looked at again when there is room upstream.
     congested: RefCell<Vec<ConnKey>>,
+    /// Connections whose `hello` waits for the key of its token.
+    awaiting_keys: RefCell<Vec<ConnKey>>,
     nobody: Rc<str>,
     /// An output buffer to use again.
     spare: RefCell<Vec<u8>>,
@@ -131,6 +160,7 @@ pub struct Shard<T> {
 impl<T: Transport> Shard<T> {
     /// A shard without connections.
     pub fn new(number: u16, common: Arc<Common>, upstream: Upstream) -> Rc<Self> {
+        let hub = Hub::new(Arc::clone(&common.subscribers));
         Rc::new(Self {
             number,
             common,
@@ -138,15 +168,19 @@ impl<T: Transport> Shard<T> {
             scratch: RefCell::new(vec![0; SCRATCH_BYTES].into_boxed_slice()),
             connections: RefCell::default(),
             generation: Cell::new(0),
-            hub: RefCell::default(),
+            hub: RefCell::new(hub),
+            recovering: RefCell::default(),
             users: RefCell::default(),
             shared: RefCell::default(),
             wheel: RefCell::new(Wheel::new(Instant::now())),
             now: Cell::new(0),
             capabilities: RefCell::default(),
             milestones: RefCell::default(),
+            watched: Cell::new(false),
+            happened: RefCell::default(),
             announcing: RefCell::default(),
             congested: RefCell::default(),
+            awaiting_keys: RefCell::default(),
             nobody: Rc::from(""),
             spare: RefCell::default(),
         })
@@ -160,6 +194,7 @@ impl<T: Transport> Shard<T> {
                 self.on_event(event).await;
             }
             self.report_milestones();
+            self.report_connections();
         }
     }
 
@@ -168,14 +203,23 @@ impl<T: Transport> Shard<T> {
             ShardEvent::Publication(publication, push) => self.fan_out(&publication, push).await,
             ShardEvent::Gap(channel, epoch, top) => self.on_gap(&channel, &epoch, top).await,
             ShardEvent::Subscribed(channel, result) => self.on_subscribed(&channel, result).await,
+            ShardEvent::Found(channel, since, from, found) => self.on_found(&channel, &since, from, found),
             ShardEvent::Hint(hint) => self.on_hint(&hint),
             ShardEvent::Resync => self.resync().await,
             ShardEvent::Attached => self.announce(),
             ShardEvent::Away => self.tell_away().await,
             ShardEvent::Drain => self.drain().await,
+            ShardEvent::Ask(question, answer) => {
+                // Who asks has a place for each shard, or has gone.
+                let _gone = answer.try_send(self.on_ask(&question).await);
+            }
+            ShardEvent::Revoked => self.check_revoked().await,
+            ShardEvent::Watch(on) => self.watched.set(on),
+            ShardEvent::KeysLookedUp => self.on_keys().await,
             ShardEvent::SessionOpened(..)
             | ShardEvent::Published(..)
             | ShardEvent::Page(..)
+            | ShardEvent::History(..)
             | ShardEvent::Acked(..) => self.on_answer(event),
         }
     }
@@ -209,11 +253,15 @@ impl<T: Transport> Shard<T> {
         self.common.connections.fetch_sub(1, Ordering::Relaxed);
         let before = self.hub.borrow().channel_count();
         for channel in self.hub.borrow_mut().leave_all(index) {
+            self.recovering.borrow_mut().remove(&channel);
             self.upstream.link.send(LinkRequest::Unsubscribe(self.number, channel));
         }
         metrics.channels.dec_by((before - self.hub.borrow().channel_count()) as i64);
         let machine = conn.machine.borrow();
         if machine.is_identified() {
+            if self.watched.get() && machine.was_welcomed() {
+                self.note(&machine, Happened::Offline(conn.close_code.get()));
+            }
             if machine.inbox().is_some() {
                 self.forget_user(machine.user(), index);
             }

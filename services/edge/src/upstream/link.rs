@@ -13,7 +13,9 @@ use futures::StreamExt;
 use prost::Message as _;
 use sanjay_proto::{
     LINK_VERSION,
-    edge::v1::{self as pb, AttachRequest, AttachResponse, EdgeEvent, EdgeHello, edge_event, router_event},
+    edge::v1::{
+        self as pb, Answered, AttachRequest, AttachResponse, EdgeEvent, EdgeHello, edge_event, router_event,
+    },
 };
 use sanjay_protocol::{ErrorBody, ErrorCode, event::Published, json};
 use sanjay_runtime::{ReadinessFlag, SharedRandom, grpc::PeerPool};
@@ -25,6 +27,7 @@ use tonic::{Code, Streaming};
 
 use super::{
     ConnKey, LinkRequest, ShardEvent,
+    ask::Asker,
     search::{Ended, Fruitless, Search, attach, problem},
     shards::{Shards, shards_of},
 };
@@ -68,13 +71,16 @@ pub struct Parts {
     pub ready: ReadinessFlag,
     /// What happens here.
     pub metrics: Arc<Metrics>,
+    /// Asks the shards what back ends want to know.
+    pub asker: (Asker, mpsc::Receiver<Answered>),
 }
 
 /// The task: never ends by itself.
 pub async fn run(parts: Parts) {
-    let Parts { node, incarnation, routers, mut requests, shards, random, ready, metrics } = parts;
-    let mut state =
-        State { shards, routes: HashMap::new(), waiting: VecDeque::new(), asked: Asked::default() };
+    let Parts { node, incarnation, routers, mut requests, shards, random, ready, metrics, asker } = parts;
+    let (asker, answers) = asker;
+    let (routes, waiting, asked) = (HashMap::new(), VecDeque::new(), Asked::default());
+    let mut state = State { shards, routes, waiting, asked, asker, answers };
     let mut search = Search::new(routers.clone(), random);
     let mut told_away = false;
     state.refusing(&mut requests, GRACE, routers.settled()).await;
@@ -145,6 +151,9 @@ struct State {
     /// Events that go out with the next message.
     waiting: VecDeque<EdgeEvent>,
     asked: Asked,
+    asker: Asker,
+    /// What the shards say to it.
+    answers: mpsc::Receiver<Answered>,
 }
 
 /// A channel that some shard holds.
@@ -192,6 +201,8 @@ impl State {
                     }
                     batch.drain(..).for_each(|request| self.on_request(request));
                 }
+                // To a question of an earlier stream it is an answer that nobody waits for.
+                Some(answered) = self.answers.recv() => self.send(edge_event::Event::Answered(answered)),
                 message = inbound.next() => match message {
                     Some(Ok(AttachResponse { events, .. })) => {
                         events.into_iter().filter_map(|event| event.event).for_each(|event| self.on_event(event));
@@ -250,7 +261,9 @@ impl State {
                 }
                 LinkRequest::Unsubscribe(..) => self.on_request(request),
                 // The router knows nothing of them until it is announced again.
-                LinkRequest::CloseSession { .. } | LinkRequest::Milestones(_) => {}
+                LinkRequest::CloseSession { .. }
+                | LinkRequest::Milestones(_)
+                | LinkRequest::Connections(_) => {}
             }
             self.waiting.clear();
         }
@@ -268,6 +281,7 @@ impl State {
     /// A stream ended: what was asked gets no answer any more. Channels that were confirmed once are announced
     /// again; shards give up those for which nobody but refused subscribers is left.
     fn detached(&mut self) {
+        self.shards.replies().tell_all(|| ShardEvent::Watch(false));
         for (name, route) in &mut self.routes {
             if route.live.take().is_none() {
                 for shard in shards_of(route.mask) {
@@ -323,6 +337,7 @@ impl State {
                     trace: publish.trace,
                 }));
             }
+            LinkRequest::Connections(events) => self.send(edge_event::Event::ConnectionEvents(events)),
             LinkRequest::Milestones(milestones) => {
                 self.send(edge_event::Event::Milestones(pb::Milestones { milestones }));
             }
@@ -366,6 +381,10 @@ impl State {
                 self.shards.gap(mask, &name, &gap.epoch.as_str().into(), gap.top);
             }
             router_event::Event::Resync(_) => self.shards.resync(),
+            router_event::Event::Ask(ask) => self.asker.ask(ask),
+            router_event::Event::WatchConnections(watch) => {
+                self.shards.replies().tell_all(|| ShardEvent::Watch(watch.on));
+            }
         }
     }
 

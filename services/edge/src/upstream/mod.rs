@@ -5,9 +5,13 @@
 //! (`shards.rs`). Toward the control runtime a shard never waits either: what finds the lane full is kept by
 //! the shard, and sockets are not read until there is room (`lane.rs`).
 
+pub mod acks;
+pub mod ask;
+pub mod history;
 pub mod inbox;
 pub mod lane;
 pub mod link;
+pub mod revocations;
 mod search;
 pub mod shards;
 
@@ -15,12 +19,16 @@ use std::sync::Arc;
 
 use sanjay_proto::{
     client::v1::{Payload, Publication},
-    edge::v1::{FailedAttempt, InboxHint, InboxPage, Milestone},
+    edge::v1::{Answer, ConnectionEvents, FailedAttempt, InboxHint, InboxPage, Milestone, Question},
 };
-use sanjay_protocol::{ErrorBody, event::Published};
+use sanjay_protocol::{ErrorBody, event::Published, recovery::History};
+use tokio::sync::mpsc;
 use uuid::Uuid;
 
-use crate::spans::ChannelPush;
+use crate::{
+    shard::{hub::Top, recovery::Found},
+    spans::ChannelPush,
+};
 
 /// A connection of a shard. The generation tells a connection apart from a later one at the same index.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,6 +70,8 @@ pub enum LinkRequest {
     Publish(Box<ClientPublish>),
     /// What was seen of recent messages.
     Milestones(Vec<Milestone>),
+    /// What happened to connections.
+    Connections(ConnectionEvents),
 }
 
 /// A client's publish.
@@ -136,6 +146,10 @@ pub enum ShardEvent {
     SessionOpened(ConnKey, Result<(), ErrorBody>),
     /// A publish was answered.
     Published(ConnKey, Option<u64>, Result<Published, ErrorBody>),
+    /// The history of a channel was read for those who go on from this place; the read began at the offset that follows.
+    Found(Arc<str>, Top, u64, Result<Found, ErrorBody>),
+    /// A client's read of a history was answered.
+    History(ConnKey, u64, Result<History, ErrorBody>),
     /// A read was answered.
     Page(ConnKey, Result<InboxPage, ErrorBody>),
     /// Acks or failures are durable, or were not taken.
@@ -154,4 +168,12 @@ pub enum ShardEvent {
     Attached,
     /// The edge shuts down: say so to every client and close.
     Drain,
+    /// A back end asks; the sender takes the answer of each shard.
+    Ask(Arc<Question>, mpsc::Sender<Answer>),
+    /// Whether somebody watches connections.
+    Watch(bool),
+    /// Something was revoked: whoever it concerns is to be closed.
+    Revoked,
+    /// The keys of tokens were looked up: well or not, whoever waits for them is answered.
+    KeysLookedUp,
 }

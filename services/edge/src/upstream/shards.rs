@@ -34,6 +34,11 @@ impl Replies {
         }
     }
 
+    /// How many shards there are.
+    pub fn count(&self) -> usize {
+        self.0.len()
+    }
+
     /// Tells every shard.
     pub fn tell_all(&self, mut event: impl FnMut() -> ShardEvent) {
         for sender in self.0.iter() {

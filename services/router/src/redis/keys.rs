@@ -45,7 +45,8 @@ impl Keys {
     }
 
     /// Hash: where a channel stands. Fields `epoch`, `run_id` (of the Redis process that assigned the last
-    /// offset) and `top` (the newest offset). Lives for ten minutes after the last use.
+    /// offset), `top` (the newest offset) and `kept` (there, when [`Keys::history`] has no hole and ends at `top`). Lives for
+    /// ten minutes after the last use, and as long as the history may.
     #[must_use]
     pub fn channel(&self, channel: &str) -> String {
         self.of_channel(channel, 'c')
@@ -56,6 +57,13 @@ impl Keys {
     #[must_use]
     pub fn dedupe(&self, channel: &str) -> String {
         self.of_channel(channel, 'd')
+    }
+
+    /// Stream: what a channel keeps of its epoch, as `sanjay.router.v1.BusEnvelope` in the field `e`. An entry's id is the
+    /// offset, and behind it the server's Unix time in milliseconds. Lives for as long as its newest entry may be kept.
+    #[must_use]
+    pub fn history(&self, channel: &str) -> String {
+        self.of_channel(channel, 'h')
     }
 
     /// Pub/sub name: the publications of a channel, as `sanjay.router.v1.BusEnvelope`.

@@ -19,9 +19,9 @@ use sanjay_runtime::metrics::Dependencies;
 pub(crate) const REDIS: &str = "redis";
 
 /// Everything that is asked of Redis.
-const OPERATIONS: [&str; 16] = [
-    "attach", "close", "collect", "detach", "edge", "expire", "locate", "maintain", "number", "open",
-    "probe", "publish", "renew", "scan", "sweep", "tops",
+const OPERATIONS: [&str; 17] = [
+    "attach", "close", "collect", "detach", "edge", "expire", "history", "locate", "maintain", "number",
+    "open", "probe", "publish", "renew", "scan", "sweep", "tops",
 ];
 
 /// Metrics of the registry in Redis; clones count together.

@@ -1,5 +1,6 @@
 //! Port to what all routers know together: the sequence of each channel, and where users are connected.
 
+mod history;
 pub mod memory;
 pub mod redis;
 #[cfg(test)]
@@ -9,6 +10,8 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use sanjay_proto::router::v1::NewPublication;
+
+pub use history::{HistoryPage, HistoryQuery};
 
 /// UUID of a session.
 pub type SessionId = [u8; 16];
@@ -115,8 +118,11 @@ pub trait Registry: Send + Sync + 'static {
     /// channel's publications in offset order. A key is known for five minutes; a channel remembers a
     /// bounded number of them, the oldest go first.
     ///
+    /// In the same step the publication enters the channel's history, when the channel's namespace says that it keeps one:
+    /// so many of the newest, each for so long. It may go earlier, the oldest first, where there is no room.
+    ///
     /// A channel's epoch is made with its state. State that was neither subscribed nor used for ten minutes
-    /// may be forgotten; the next use opens a new epoch. No offset is ever assigned twice within an epoch.
+    /// may be forgotten, unless its history is still to be read; the next use opens a new epoch. No offset is ever assigned twice within an epoch.
     async fn publish(&self, publications: Vec<NewPublication>) -> Vec<Result<Assigned, RegistryError>>;
 
     /// The newest position of each channel. Makes the state of a channel that has none, so there is always
@@ -125,6 +131,13 @@ pub trait Registry: Send + Sync + 'static {
     /// Every publication at or below the answer was handed to the bus before, every one above it
     /// afterwards.
     async fn tops(&self, channels: &[Arc<str>]) -> Vec<Result<Top, RegistryError>>;
+
+    /// Reads a part of what a channel keeps, as its namespace says now. Makes the state of a channel that has none.
+    ///
+    /// Exact: what is answered has no hole, and holds everything behind the position that was asked for, up to the bounds
+    /// of the question; otherwise the position is `lost`, and nothing is answered. A position is lost when its epoch is not
+    /// the channel's, when it is above the top, and when something behind it is kept no more.
+    async fn history(&self, query: &HistoryQuery) -> Result<HistoryPage, RegistryError>;
 
     /// Records that an edge attached to a router, and ends the edge's attachment before.
     ///

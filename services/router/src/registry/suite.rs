@@ -1,5 +1,7 @@
 //! What every registry and its bus must do, whichever adapter they are.
 
+pub(crate) mod history;
+
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     sync::Arc,

@@ -126,6 +126,7 @@ async fn a_router_starts_without_redis_and_is_ready_when_it_comes() {
         random: Arc::new(OsRandom),
         lifecycle: Lifecycle::new(),
         readiness: Readiness::new(),
+        namespaces: sanjay_runtime::SharedNamespaces::default(),
         cluster_key: Secret::new("a cluster key of this test"),
     };
     start(config(&redis, "r1"), listener, context.clone(), &mut Registry::default()).await.unwrap();

@@ -47,7 +47,7 @@ impl Args {
         for channel in &self.channels {
             names::check("channel", channel)?;
         }
-        let mint = self.user.map(|user| move |secret| token::mint(&user, &secret));
+        let mint = self.user.map(|user| move |signer| token::mint(&user, &signer));
         let (url, token) = self.socket.resolve(mint)?;
         let mut options = ClientOptions::new(url, token);
         options.client = concat!("sanjay-cli/", env!("CARGO_PKG_VERSION")).to_owned();

@@ -1,7 +1,10 @@
 //! `sanjay tail`: prints what happens to messages at a delivery node, as it happens.
 
 use clap::ValueEnum;
-use sanjay_client::{DeliveryEvent, DeliveryEventKind, WatchDeliveriesRequest, Watched, protocol::names};
+use sanjay_client::{
+    ConnectionEvent, DeliveryEvent, DeliveryEventKind, WatchConnectionsRequest, WatchDeliveriesRequest,
+    Watched, WatchedConnection, protocol::names,
+};
 use serde::Serialize;
 
 use crate::{
@@ -24,6 +27,9 @@ pub(crate) struct Args {
     /// Events of this kind; may be given several times
     #[arg(long, value_name = "KIND")]
     kind: Vec<Kind>,
+    /// What happens to connections instead, at all edges
+    #[arg(long, conflicts_with_all = ["caller", "kind"])]
+    connections: bool,
     /// Print lines of JSON instead of a table
     #[arg(long)]
     json: bool,
@@ -101,6 +107,9 @@ impl Args {
         for (field, name) in [("user", &self.user), ("caller", &self.caller)] {
             name.iter().try_for_each(|name| names::check(field, name))?;
         }
+        if self.connections {
+            return self.connections().await;
+        }
         let kinds = self.kind.iter().map(|kind| DeliveryEventKind::from(*kind).into()).collect();
         let request = WatchDeliveriesRequest {
             user: self.user.unwrap_or_default(),
@@ -127,6 +136,54 @@ impl Args {
             }
         }
     }
+}
+
+impl Args {
+    /// Prints what happens to connections.
+    async fn connections(self) -> anyhow::Result<()> {
+        let user = self.user.unwrap_or_default();
+        let backend = self.api.connect().await?;
+        let end = interrupted();
+        tokio::pin!(end);
+        let request = WatchConnectionsRequest { user, ..WatchConnectionsRequest::default() };
+        let mut stream = backend.watch_connections(request).await.map_err(explain)?;
+        output::status("watching");
+        loop {
+            let next = tokio::select! {
+                next = stream.next() => next,
+                () = &mut end => return Ok(()),
+            };
+            match next {
+                None => return Ok(()),
+                Some(Ok(WatchedConnection::Event(event))) => {
+                    output::line(&if self.json { connection_json(&event) } else { connection_row(&event) })?;
+                }
+                Some(Ok(WatchedConnection::Missed(count))) => {
+                    output::status(&format!("{count} events or more were missed"));
+                }
+                Some(Err(error)) => return Err(explain(error)),
+            }
+        }
+    }
+}
+
+fn connection_kind(event: &ConnectionEvent) -> String {
+    event.kind().as_str_name().trim_start_matches("CONNECTION_EVENT_KIND_").to_lowercase()
+}
+
+fn connection_json(event: &ConnectionEvent) -> String {
+    let ConnectionEvent { time_us, user, session, edge, channel, device, client, code, .. } = event;
+    let all = serde_json::json!({
+        "kind": connection_kind(event), "time_us": time_us, "user": user, "session": session, "edge": edge,
+        "channel": channel, "device": device, "client": client, "code": code,
+    });
+    all.to_string()
+}
+
+fn connection_row(event: &ConnectionEvent) -> String {
+    let (time, kind, session) = (readable(event.time_us), connection_kind(event), &event.session);
+    let [user, edge, channel] = [&event.user, &event.edge, &event.channel].map(|text| clean(text));
+    format!("{time}  {kind:<12}  {session:<36}  {user}  {edge}  {channel}").trim_end().to_owned()
 }
 
 fn kind_name(kind: DeliveryEventKind) -> String {

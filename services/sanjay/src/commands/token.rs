@@ -7,9 +7,12 @@ use sanjay_client::protocol::{
     names,
     token::{Action, Capabilities, Claims},
 };
-use sanjay_runtime::{Clock, Secret, SystemClock, jwt};
+use sanjay_runtime::{Clock, SystemClock};
 
-use crate::{output, settings::SecretArgs};
+use crate::{
+    output,
+    settings::{SecretArgs, Signer},
+};
 
 /// How long a token for one command lives.
 const SHORT: Duration = Duration::from_secs(24 * 60 * 60);
@@ -22,9 +25,12 @@ pub(crate) struct Args {
     /// How long the token is valid, such as 90s, 15m, 24h or 7d
     #[arg(long, default_value = "24h", value_parser = parse_span)]
     ttl: Duration,
-    /// What the user may do, as JSON [default: everything]
+    /// What the user may do, as JSON [default: everything; with --channel: to subscribe to it]
     #[arg(long, value_name = "JSON", value_parser = parse_caps)]
     caps: Option<Capabilities>,
+    /// Make a subscription token for this channel, which is good for nothing else
+    #[arg(long, value_name = "NAME")]
+    channel: Option<String>,
     #[command(flatten)]
     secret: SecretArgs,
 }
@@ -36,21 +42,29 @@ impl Args {
     /// When the name is none or no secret is known.
     pub(crate) fn run(self) -> anyhow::Result<()> {
         names::check("user", &self.user)?;
-        let secret = self.secret.token_secret()?;
-        let caps = self.caps.unwrap_or_else(Capabilities::everything);
-        output::line(&sign(&self.user, caps, self.ttl, &secret, &SystemClock))
+        if let Some(channel) = &self.channel {
+            names::check("channel", channel)?;
+        }
+        let signer = self.secret.signer()?;
+        let caps = match (self.caps, &self.channel) {
+            (Some(caps), _) => caps,
+            (None, Some(_)) => Capabilities::default(),
+            (None, None) => Capabilities::everything(),
+        };
+        let claims = claims(&self.user, caps, self.ttl, &SystemClock);
+        output::line(&signer.sign(&Claims { channel: self.channel, ..claims }))
     }
 }
 
 /// A token for `user` that may do everything for a day.
-pub(crate) fn mint(user: &str, secret: &Secret) -> String {
-    sign(user, Capabilities::everything(), SHORT, secret, &SystemClock)
+pub(crate) fn mint(user: &str, signer: &Signer) -> String {
+    signer.sign(&claims(user, Capabilities::everything(), SHORT, &SystemClock))
 }
 
-fn sign(user: &str, caps: Capabilities, ttl: Duration, secret: &Secret, clock: &dyn Clock) -> String {
+fn claims(user: &str, caps: Capabilities, ttl: Duration, clock: &dyn Clock) -> Claims {
     let now = clock.now_s();
     let exp = now.saturating_add(ttl.as_secs());
-    jwt::sign(&Claims { sub: user.to_owned(), exp, iat: Some(now), nbf: None, caps }, secret)
+    Claims { sub: user.to_owned(), exp, iat: Some(now), nbf: None, jti: None, caps, channel: None }
 }
 
 /// Reads a span of time: a number with its unit.
@@ -85,17 +99,32 @@ fn parse_caps(text: &str) -> anyhow::Result<Capabilities> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use sanjay_runtime::ManualClock;
+    use sanjay_runtime::{
+        ManualClock, Secret,
+        jwt::{Algorithm, Rules, SigningKey, Unverified},
+    };
 
     #[test]
     fn a_token_says_what_was_asked_for() {
-        let secret = Secret::new("secret");
         let caps = parse_caps(r#"{"chat:*":["subscribe"]}"#).unwrap();
-        let token =
-            sign("bob", caps.clone(), parse_span("15m").unwrap(), &secret, &ManualClock::new(1_000_000));
-        let claims = jwt::verify_hs256(&token, &secret, 2).unwrap();
-        assert_eq!(claims, Claims { sub: "bob".into(), exp: 901, iat: Some(1), nbf: None, caps });
-        assert!(jwt::verify_hs256(&token, &secret, 901).is_err());
+        let ttl = parse_span("15m").unwrap();
+        let wanted = claims("bob", caps.clone(), ttl, &ManualClock::new(1_000_000));
+        assert_eq!(
+            wanted,
+            Claims { sub: "bob".into(), exp: 901, iat: Some(1), nbf: None, jti: None, caps, channel: None }
+        );
+        let secret = Secret::new("s".repeat(64));
+        for algorithm in [Algorithm::Hs256, Algorithm::Hs384, Algorithm::Hs512] {
+            let key = SigningKey::from_secret(algorithm, &secret).unwrap();
+            let token = Signer::new(key).for_whom("chat", "shop").sign(&wanted);
+            let read = Unverified::parse(&token).unwrap();
+            assert_eq!(read.algorithm(), Some(algorithm));
+            let rules =
+                |audience: &str| Rules { audience: Some(audience.into()), issuer: Some("shop".into()) };
+            assert_eq!(read.claims(&rules("chat"), 2).as_ref(), Ok(&wanted));
+            assert!(read.claims(&rules("mail"), 2).is_err());
+            assert!(read.claims(&rules("chat"), 901).is_err());
+        }
     }
 
     #[test]

@@ -44,7 +44,7 @@ impl FromStr for When {
             return Ok(When::Away(span));
         }
         let time = OffsetDateTime::parse(text, &Rfc3339).map_err(|_| {
-            "give a time such as 2026-11-24T09:30:00Z, or how far from now, such as 90s, 15m, 24h or 7d, or now".to_owned()
+            "give a time such as 2026-11-24T09:30:00Z, or a span such as 90s, 15m, 24h or 7d, which counts back from now, or ahead where something is to be, or now".to_owned()
         })?;
         let us = u64::try_from(time.unix_timestamp_nanos() / 1_000);
         us.map(When::At).map_err(|_| "the time is before 1970".to_owned())

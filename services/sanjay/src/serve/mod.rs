@@ -2,6 +2,7 @@
 
 pub(crate) mod open_files;
 pub(crate) mod ready;
+pub(crate) mod reload;
 pub(crate) mod roles;
 pub(crate) mod secrets;
 pub(crate) mod settings;
@@ -15,15 +16,19 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 use anyhow::Context as _;
 use prometheus_client::registry::Registry;
 use sanjay_runtime::{
-    Context, Lifecycle, OsRandom, Readiness, Secret, SystemClock,
+    Context, Lifecycle, OsRandom, Readiness, Secret, SharedNamespaces, SystemClock,
     admin::serve_admin,
+    config::Layers,
     metrics::{ProcessMetrics, register_build_info},
     net::bind,
     telemetry::{self, Role, TelemetryGuard},
 };
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use self::settings::Settings;
+use self::{
+    reload::{Load, Reload, ReloadMetrics},
+    settings::Settings,
+};
 
 /// How long the tasks of a process have to end.
 const SHUTDOWN: Duration = Duration::from_secs(8);
@@ -35,9 +40,11 @@ const FLUSH: Duration = Duration::from_secs(2);
 const PREFIX: &str = "sanjay";
 
 /// Registers what every process measures.
-fn register_process(registry: &mut Registry, roles: impl IntoIterator<Item = &'static str>) {
+fn register_process(registry: &mut Registry, roles: impl IntoIterator<Item = &'static str>) -> ReloadMetrics {
     ProcessMetrics::register(registry);
-    register_build_info(registry.sub_registry_with_prefix(PREFIX), env!("CARGO_PKG_VERSION"), roles);
+    let registry = registry.sub_registry_with_prefix(PREFIX);
+    register_build_info(registry, env!("CARGO_PKG_VERSION"), roles);
+    ReloadMetrics::register(registry)
 }
 
 /// Where the configuration comes from, for every server command.
@@ -60,25 +67,36 @@ pub(crate) struct Process {
     pub(crate) context: Context,
     registry: Registry,
     telemetry: TelemetryGuard,
+    hangup: Signal,
+    reload: Reload,
 }
 
 impl Process {
-    /// Begins: logs and traces first.
+    /// Begins: logs and traces first. On SIGHUP `load` reads the settings again from `layers`.
     ///
     /// # Errors
-    /// When telemetry cannot be set up.
-    pub(crate) fn begin(settings: &Settings, cluster_key: Secret, roles: &[Role]) -> anyhow::Result<Self> {
+    /// When telemetry cannot be set up, or signals cannot be had.
+    pub(crate) fn begin(
+        settings: &Settings,
+        cluster_key: Secret,
+        roles: &[Role],
+        (layers, load): (Layers, Load),
+    ) -> anyhow::Result<Self> {
+        // From here on it does not end the process.
+        let hangup = signal(SignalKind::hangup()).context("cannot listen for SIGHUP")?;
         let telemetry = telemetry::init(&settings.telemetry, roles)?;
         let context = Context {
             clock: Arc::new(SystemClock),
             random: Arc::new(OsRandom),
             lifecycle: Lifecycle::new(),
             readiness: Readiness::new(),
+            namespaces: SharedNamespaces::new(settings.namespaces.clone()),
             cluster_key,
         };
         let mut registry = Registry::default();
-        register_process(&mut registry, roles.iter().map(|role| role.name()));
-        Ok(Self { context, registry, telemetry })
+        let metrics = register_process(&mut registry, roles.iter().map(|role| role.name()));
+        let reload = Reload::new(layers, load, context.namespaces.clone(), metrics);
+        Ok(Self { context, registry, telemetry, hangup, reload })
     }
 
     /// What a role registers its metrics with.
@@ -103,13 +121,21 @@ impl Process {
     ///
     /// # Errors
     /// When a task failed that the process needs, or signals cannot be had.
-    pub(crate) async fn run(self) -> anyhow::Result<()> {
+    pub(crate) async fn run(mut self) -> anyhow::Result<()> {
         let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
+        let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
         let lifecycle = self.context.lifecycle;
-        tokio::select! {
-            _ = terminate.recv() => tracing::info!("SIGTERM: shutting down"),
-            _ = tokio::signal::ctrl_c() => tracing::info!("SIGINT: shutting down"),
-            () = lifecycle.soft().cancelled_owned() => {}
+        loop {
+            tokio::select! {
+                _ = terminate.recv() => tracing::info!("SIGTERM: shutting down"),
+                _ = interrupt.recv() => tracing::info!("SIGINT: shutting down"),
+                () = lifecycle.soft().cancelled_owned() => {}
+                Some(()) = self.hangup.recv() => {
+                    self.reload.run();
+                    continue;
+                }
+            }
+            break;
         }
         lifecycle.shutdown(SHUTDOWN).await;
         let failure = lifecycle.failure();

@@ -6,6 +6,7 @@ use sanjay_runtime::{net::bind, telemetry::Role};
 use super::{
     ConfigArgs, Process, open_files,
     ready::Ready,
+    reload::Load,
     settings::{DeliverySettings, EdgeSettings, RouterSettings, layers},
 };
 use crate::output;
@@ -58,13 +59,15 @@ impl EdgeArgs {
     /// # Errors
     /// When it cannot start, or failed.
     pub(crate) async fn run(self) -> anyhow::Result<()> {
-        let EdgeSettings(settings) = layers(self.common.config.as_deref())?
+        let layers = layers(self.common.config.as_deref())?
             .flag("--listen", "edge.listen", self.listen.as_ref())
             .flag("--router", "edge.router", self.router.as_ref())
             .flag("--delivery", "edge.delivery", self.delivery.as_ref())
-            .flag("--admin-listen", "admin.listen", self.common.admin_listen.as_ref())
-            .load()?;
-        let mut process = Process::begin(&settings, settings.cluster.key.clone(), &[Role::Edge])?;
+            .flag("--admin-listen", "admin.listen", self.common.admin_listen.as_ref());
+        let load: Load = |layers| layers.load().map(|EdgeSettings(settings)| settings);
+        let settings = load(&layers)?;
+        let mut process =
+            Process::begin(&settings, settings.cluster.key.clone(), &[Role::Edge], (layers, load))?;
         open_files::raise_limit(settings.edge.max_connections);
         let listener = bind("clients", "--listen", &settings.edge.listen).await?.into_std()?;
         let address = listener.local_addr().context("the listener has no address")?;
@@ -80,11 +83,13 @@ impl RouterArgs {
     /// # Errors
     /// When it cannot start, or failed.
     pub(crate) async fn run(self) -> anyhow::Result<()> {
-        let RouterSettings(settings) = layers(self.common.config.as_deref())?
+        let layers = layers(self.common.config.as_deref())?
             .flag("--router-listen", "router.listen", self.router_listen.as_ref())
-            .flag("--admin-listen", "admin.listen", self.common.admin_listen.as_ref())
-            .load()?;
-        let mut process = Process::begin(&settings, settings.cluster.key.clone(), &[Role::Router])?;
+            .flag("--admin-listen", "admin.listen", self.common.admin_listen.as_ref());
+        let load: Load = |layers| layers.load().map(|RouterSettings(settings)| settings);
+        let settings = load(&layers)?;
+        let mut process =
+            Process::begin(&settings, settings.cluster.key.clone(), &[Role::Router], (layers, load))?;
         let listener = bind("the router", "--router-listen", &settings.router.listen).await?;
         let address = listener.local_addr().context("the listener has no address")?;
         sanjay_router::start(settings.router, listener, process.context.clone(), process.metrics()).await?;
@@ -99,13 +104,15 @@ impl DeliveryArgs {
     /// # Errors
     /// When it cannot start, or failed.
     pub(crate) async fn run(self) -> anyhow::Result<()> {
-        let DeliverySettings(settings) = layers(self.common.config.as_deref())?
+        let layers = layers(self.common.config.as_deref())?
             .flag("--delivery-listen", "delivery.listen", self.delivery_listen.as_ref())
             .flag("--router", "delivery.router", self.router.as_ref())
             .flag("--store", "delivery.store", self.store.as_ref())
-            .flag("--admin-listen", "admin.listen", self.common.admin_listen.as_ref())
-            .load()?;
-        let mut process = Process::begin(&settings, settings.cluster.key.clone(), &[Role::Delivery])?;
+            .flag("--admin-listen", "admin.listen", self.common.admin_listen.as_ref());
+        let load: Load = |layers| layers.load().map(|DeliverySettings(settings)| settings);
+        let settings = load(&layers)?;
+        let mut process =
+            Process::begin(&settings, settings.cluster.key.clone(), &[Role::Delivery], (layers, load))?;
         let listener = bind("back ends and edges", "--delivery-listen", &settings.delivery.listen).await?;
         let address = listener.local_addr().context("the listener has no address")?;
         sanjay_delivery::start(settings.delivery, listener, process.context.clone(), process.metrics())

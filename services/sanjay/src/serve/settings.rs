@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use sanjay_runtime::{ConfigError, Secret, Validate, config::Layers, telemetry::TelemetryConfig};
+use sanjay_runtime::{ConfigError, Namespaces, Secret, Validate, config::Layers, telemetry::TelemetryConfig};
 use serde::Deserialize;
 
 /// Shortest key that members of a cluster show each other.
@@ -19,6 +19,8 @@ pub(crate) struct Settings {
     pub(crate) router: sanjay_router::Config,
     /// Delivery nodes.
     pub(crate) delivery: sanjay_delivery::Config,
+    /// Settings of channels, for every role.
+    pub(crate) namespaces: Namespaces,
     /// Logs and traces.
     pub(crate) telemetry: TelemetryConfig,
     /// Admin pages.
@@ -83,6 +85,7 @@ macro_rules! for_role {
             fn validate(&self) -> Result<(), ConfigError> {
                 self.0.telemetry.validate()?;
                 self.0.cluster.validate()?;
+                self.0.namespaces.validate()?;
                 self.0.$($check).+.validate()
             }
         }
@@ -120,6 +123,7 @@ pub(crate) struct StandaloneSettings(pub(crate) Settings);
 impl Validate for StandaloneSettings {
     fn validate(&self) -> Result<(), ConfigError> {
         self.0.telemetry.validate()?;
+        self.0.namespaces.validate()?;
         self.0.router.validate()?;
         self.0.delivery.validate()?;
         if !self.0.cluster.key.is_empty() {

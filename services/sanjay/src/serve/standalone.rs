@@ -8,16 +8,17 @@ use std::{
 use anyhow::Context as _;
 use sanjay_delivery::{ApiKey, hash_api_key};
 use sanjay_protocol::token::{Capabilities, Claims};
-use sanjay_runtime::{Clock, OsRandom, Secret, SystemClock, jwt, net::bind, telemetry::Role};
+use sanjay_runtime::{Clock, OsRandom, Secret, SystemClock, net::bind, telemetry::Role};
 use tokio::net::TcpListener;
 
 use super::{
     ConfigArgs, Process, open_files,
     ready::{self, Ready},
+    reload::Load,
     secrets::{Secrets, write_private},
     settings::{Settings, StandaloneSettings, layers},
 };
-use crate::output;
+use crate::{output, settings::Signer};
 
 /// Where `standalone` keeps everything, unless it is told otherwise.
 pub(crate) const DATA_DIR: &str = ".sanjay";
@@ -65,12 +66,13 @@ impl StandaloneArgs {
     /// # Errors
     /// When it cannot start, or failed.
     pub(crate) async fn run(self) -> anyhow::Result<()> {
-        let StandaloneSettings(mut settings) = layers(self.common.config.as_deref())?
+        let layers = layers(self.common.config.as_deref())?
             .flag("--listen", "edge.listen", self.listen.as_ref())
             .flag("--delivery-listen", "delivery.listen", self.delivery_listen.as_ref())
             .flag("--router-listen", "router.listen", self.router_listen.as_ref())
-            .flag("--admin-listen", "admin.listen", self.common.admin_listen.as_ref())
-            .load()?;
+            .flag("--admin-listen", "admin.listen", self.common.admin_listen.as_ref());
+        let load: Load = |layers| layers.load().map(|StandaloneSettings(settings)| settings);
+        let mut settings = load(&layers)?;
         let secrets = Secrets::read_or_make(&self.data_dir, &OsRandom)?;
         let listeners = Listeners {
             edge: bind("clients", "--listen", &settings.edge.listen).await?.into_std()?,
@@ -82,7 +84,7 @@ impl StandaloneArgs {
         settings.validate_secrets().context("the secrets of the data directory are not good enough")?;
 
         let roles = [Role::Edge, Role::Router, Role::Delivery];
-        let mut process = Process::begin(&settings, settings.cluster.key.clone(), &roles)?;
+        let mut process = Process::begin(&settings, settings.cluster.key.clone(), &roles, (layers, load))?;
         open_files::raise_limit(settings.edge.max_connections);
         let (context, registry) = (process.context.clone(), process.metrics());
         sanjay_router::start(settings.router, listeners.router, context.clone(), registry).await?;
@@ -143,20 +145,24 @@ impl StandaloneArgs {
         settings.delivery.router = router.as_str().into();
         settings.edge.delivery = server.as_str().into();
 
+        let key = settings.edge.signing_key().context("the edge has no shared secret to sign with")?;
+        let signer = Signer::new(key).for_whom(&settings.edge.token_audience, &settings.edge.token_issuer);
         let now_s = SystemClock.now_s();
         let claims = Claims {
             sub: DEV_USER.to_owned(),
             exp: now_s + DEV_TOKEN_S,
             iat: Some(now_s),
             nbf: None,
+            jti: None,
             caps: Capabilities::everything(),
+            channel: None,
         };
         Ok(Ready {
             url: Some(format!("ws://{}/v1/ws", listeners.edge.local_addr()?)),
             server: Some(server),
             router: Some(router),
             admin: String::new(),
-            token: Some(jwt::sign(&claims, &settings.edge.token_secret)),
+            token: Some(signer.sign(&claims)),
             api_key: Some(secrets.api_key.clone()),
         })
     }

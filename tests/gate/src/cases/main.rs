@@ -9,11 +9,16 @@ mod fanout;
 mod inbox;
 mod messages;
 
-/// The hub of an edge's shard. It and the three below are included as files: built as their crates, they would bring
+/// The hub of an edge's shard. It and the four below are included as files: built as their crates, they would bring
 /// store drivers and telemetry along, which takes minutes to build with optimisation and is in none of these paths.
 #[path = "../../../../services/edge/src/shard/hub.rs"]
 #[expect(dead_code, unreachable_pub, reason = "it is written for a crate that uses all of it")]
 mod edge_hub;
+
+/// What the hub counts bounded channels with; under the name by which it knows it.
+#[path = "../../../../services/edge/src/shard/subscribers.rs"]
+#[expect(unreachable_pub, reason = "it is written for a crate that uses all of it")]
+mod subscribers;
 
 /// The cursor of a connection's inbox on the edge.
 #[path = "../../../../services/edge/src/inbox.rs"]

@@ -201,7 +201,13 @@ impl Connection {
                 Event::Welcome(_) if self.phase == Phase::Introducing => {
                     self.phase = Phase::Subscribing;
                     let channel = self.introduction.take().map(|introduction| introduction.channel);
-                    self.command(2, Command::Subscribe(Subscribe { channel: channel.unwrap_or_default() }))?;
+                    self.command(
+                        2,
+                        Command::Subscribe(Subscribe {
+                            channel: channel.unwrap_or_default(),
+                            ..Subscribe::default()
+                        }),
+                    )?;
                 }
                 Event::Subscribed(_) if self.phase == Phase::Subscribing => self.phase = Phase::Ready,
                 Event::Error(error) => anyhow::bail!("refused in phase {:?}: {}", self.phase, error.message),

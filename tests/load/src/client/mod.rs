@@ -177,7 +177,9 @@ fn introduce(hello: &Hello, number: u32) -> Introduction {
         exp: now_s + TOKEN_TTL_S,
         iat: Some(now_s),
         nbf: None,
+        jti: None,
         caps: Capabilities::everything(),
+        channel: None,
     };
     Introduction {
         token: jwt::sign(&claims, &Secret::new(hello.token_secret.clone())),

@@ -9,7 +9,7 @@ use std::{
 use futures::{Stream, StreamExt};
 use sanjay_client::protocol::ErrorCode;
 use sanjay_proto::delivery::v1::{
-    Accepted, DeadLetter, DeliveryEvent, Error, GetDeadLetterRequest, GetDeliveryRequest,
+    self, Accepted, DeadLetter, DeliveryEvent, Error, GetDeadLetterRequest, GetDeliveryRequest,
     GetDeliveryResponse, GetTraceRequest, GetTraceResponse, JoinRequest, JoinResponse, LeaveRequest,
     LeaveResponse, ListDeadLettersRequest, ListDeadLettersResponse, ListDeliveriesRequest,
     ListDeliveriesResponse, ListMembersRequest, ListMembersResponse, PublishRequest, PublishResponse,
@@ -149,6 +149,21 @@ impl Delivery for Fake {
         let LeaveRequest { channel, users } = request.into_inner();
         self.answer([vec![channel], users.clone()].concat())?;
         Ok(Response::new(LeaveResponse { left: users.len() as u64, members: 5 }))
+    }
+
+    async fn get_history(
+        &self,
+        request: Request<v1::GetHistoryRequest>,
+    ) -> Result<Response<v1::GetHistoryResponse>, Status> {
+        let v1::GetHistoryRequest { since_epoch: epoch, since_offset: offset, limit, .. } =
+            request.into_inner();
+        let message = v1::HistoryMessage { offset: offset + 1, ..v1::HistoryMessage::default() };
+        Ok(Response::new(v1::GetHistoryResponse {
+            epoch,
+            offset: limit.into(),
+            messages: vec![message],
+            more: true,
+        }))
     }
 
     async fn list_members(

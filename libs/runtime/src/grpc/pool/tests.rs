@@ -140,6 +140,7 @@ fn context() -> Context {
         random: Arc::new(SeededRandom::new(7)),
         lifecycle: Lifecycle::new(),
         readiness: Readiness::new(),
+        namespaces: crate::SharedNamespaces::default(),
         cluster_key: key(),
     }
 }

@@ -119,16 +119,18 @@ impl Run {
     }
 }
 
-/// Answers what needs no write, and makes the write for what follows at the front of the queue.
+/// Answers what needs no write, and makes the write for what follows at the front of the queue. While acks wait, only the
+/// first message, which came before them, ends others.
 pub(super) fn plan(
     rules: &Rules<'_>,
     user: &str,
     queue: &mut VecDeque<Queued>,
+    acks_wait: bool,
     inbox: &Inbox,
     beside: &KeysBeside,
 ) -> Step {
     let (mut count, mut bytes, mut keys) = (0, 0, Vec::new());
-    let mut draft = Draft::new(inbox);
+    let mut draft = Draft::new(inbox, acks_wait);
     let was_filling = draft.is_filling(rules);
     while let Some(Queued { work: Work::Append(append), .. }) = queue.get(count) {
         let answer = match verdict(append, user, inbox, beside) {
@@ -208,7 +210,8 @@ pub(super) fn key_doc(append: &Append, seq: u64) -> Option<KeyDoc> {
     })
 }
 
-/// Takes over a write that is durable: what is known of the inbox, the sink, the answers.
+/// Takes over a write that is durable: what is known of the inbox, the sink, the answers. Returns what is to be done next
+/// for the inbox.
 pub(super) fn committed(
     database: &Database,
     sink: &dyn CommitSink,
@@ -217,11 +220,12 @@ pub(super) fn committed(
     inbox: &mut Inbox,
     batch: i64,
     run: Run,
-) {
+) -> Option<Queued> {
+    let mut next = None;
     // After a fresh look it is all there already.
     let known = inbox.head >= run.first;
     for seq in run.first..run.first + run.count as u64 {
-        let Some(Queued { work: Work::Append(append), .. }) = queue.pop_front() else { return };
+        let Some(Queued { work: Work::Append(append), .. }) = queue.pop_front() else { return next };
         if !known {
             let open = Open::appended(&append.message, seq);
             if open.expires_us != 0 {
@@ -265,7 +269,7 @@ pub(super) fn committed(
         if ending.killed > 0 {
             sink.died(DeadReason::QueueFull, ending.killed);
             // Their dead letters follow at once.
-            queue.push_front(Queued::finishing(user, inbox.epoch));
+            next = Some(Queued::finishing(user, inbox.epoch));
         }
         if !known {
             ending.apply(inbox);
@@ -273,4 +277,5 @@ pub(super) fn committed(
     }
     let writer = WriterDoc { b: batch, t: i64::MAX };
     inbox.writers.insert(database.node.to_string(), writer);
+    next
 }

@@ -266,6 +266,12 @@ async fn create_indexes(database: &MongoDatabase) -> MongoResult<()> {
         index(doc! { "x": 1 }, expiring("expiry", Duration::ZERO)),
     ];
     database.collection::<Document>("publications").create_indexes(publications).await?;
+    let revoked = [
+        // What was changed, the earliest first; and what is over goes by itself.
+        index(doc! { "changed": 1 }, named("changed")),
+        index(doc! { "x": 1 }, expiring("expiry", Duration::ZERO)),
+    ];
+    database.collection::<Document>("revoked").create_indexes(revoked).await?;
     let nodes = [index(doc! { "seen": 1 }, expiring("expiry", NODE_EXPIRY))];
     database.collection::<Document>("nodes").create_indexes(nodes).await?;
     Ok(())

@@ -64,6 +64,7 @@ pub(super) struct Database {
     pub(super) channels: Collection<Document>,
     pub(super) members: Collection<Document>,
     pub(super) publications: Collection<Document>,
+    pub(super) revoked: Collection<Document>,
     /// Payloads that many messages share.
     pub(super) remembered: Arc<Remembered>,
     pub(super) nodes: Collection<Document>,
@@ -286,6 +287,15 @@ impl Database {
         options: FindOptions,
     ) -> Result<Vec<T>, StoreError> {
         self.find(operation, &self.publications, filter, options).await
+    }
+
+    /// Finds revocations.
+    pub(super) async fn find_revoked<T: DeserializeOwned + Send + Sync + Unpin>(
+        &self,
+        filter: Document,
+        options: FindOptions,
+    ) -> Result<Vec<T>, StoreError> {
+        self.find(StoreOperation::Read, &self.revoked, filter, options).await
     }
 
     /// Finds inboxes by what they hold.

@@ -108,10 +108,15 @@ impl Share {
     /// Where to look for what is due: in this node's part, then for what a node that is gone would have taken. The second
     /// is for when the first had less than enough.
     pub(super) async fn looks(&self, database: &Database, now_us: u64) -> Vec<Look> {
+        self.looks_beyond(database, now_us, GRACE_US).await
+    }
+
+    /// The same, where others' parts count as left when something in them is so many microseconds late.
+    pub(super) async fn looks_beyond(&self, database: &Database, now_us: u64, grace_us: u64) -> Vec<Look> {
         let part = self.part(database).await;
         let mut looks = vec![Look { at_us: now_us, part, done: None }];
         if part != ALL {
-            looks.push(Look { at_us: now_us.saturating_sub(GRACE_US), part: ALL, done: Some(part) });
+            looks.push(Look { at_us: now_us.saturating_sub(grace_us), part: ALL, done: Some(part) });
         }
         looks
     }

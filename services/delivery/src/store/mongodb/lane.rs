@@ -4,6 +4,7 @@
 
 mod bury;
 mod reads;
+mod user;
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -13,6 +14,8 @@ use std::{
 
 use sanjay_runtime::random::SharedRandom;
 use tokio::{sync::mpsc, task::JoinHandle, time::Instant};
+
+use user::{Side, User};
 
 use super::{
     ack,
@@ -45,14 +48,6 @@ const MAX_INBOXES: usize = 512;
 /// Pauses after rounds that came to nothing: short at first, because another node or the majority may be just
 /// about to be through.
 const PAUSES_MS: [u64; 6] = [2, 5, 20, 50, 100, 200];
-
-/// A user with work.
-#[derive(Default)]
-struct User {
-    queue: VecDeque<Queued>,
-    /// A write that may have been done: nothing else is written before that is known.
-    unanswered: Option<Box<Attempt>>,
-}
 
 /// A lane's state.
 pub(super) struct Lane {
@@ -142,10 +137,10 @@ impl Lane {
     fn take(&mut self, queued: Queued) {
         self.taken += 1;
         match self.users.get_mut(&queued.user) {
-            Some(user) => user.queue.push_back(queued),
+            Some(user) => user.push(queued),
             None => {
                 self.turns.push_back(queued.user.clone());
-                self.users.entry(queued.user.clone()).or_default().queue.push_back(queued);
+                self.users.entry(queued.user.clone()).or_default().push(queued);
             }
         }
     }
@@ -211,7 +206,7 @@ impl Lane {
     ) -> impl Iterator<Item = &'a NewMessage> + Clone {
         attempts.iter().flat_map(|(name, attempt)| {
             let count = if let Kind::Append(run) = &attempt.kind { run.count } else { 0 };
-            let queued = self.users.get(*name).into_iter().flat_map(|user| &user.queue).take(count);
+            let queued = self.users.get(*name).into_iter().flat_map(|user| &user.appends).take(count);
             queued.filter_map(|queued| match &queued.work {
                 Work::Append(append) => Some(&append.message),
                 _ => None,
@@ -225,6 +220,8 @@ impl Lane {
             return Ok(Some(attempt));
         }
         let now_us = self.database.clock.now_us();
+        // Whether messages cannot go in this round.
+        let mut waits = false;
         loop {
             let batch = self.next_batch;
             let rules = Rules {
@@ -240,16 +237,18 @@ impl Lane {
                 watched: self.sink.watches(),
             };
             let Some(user) = self.users.get_mut(name) else { return Ok(None) };
-            let before = user.queue.len();
-            let step = match (user.queue.front().map(|queued| &queued.work), self.inboxes.get(name)) {
+            let Some(side) = user.turn(waits) else { return Ok(None) };
+            let (before, acks_wait) = (user.len(), !user.acks.is_empty());
+            let queue = user.queue(side);
+            let step = match (queue.front().map(|queued| &queued.work), self.inboxes.get(name)) {
                 (None, _) => return Ok(None),
-                (Some(Work::Arm(_)), _) => arm(&rules, name, &user.queue),
+                (Some(Work::Arm(_)), _) => arm(&rules, name, queue),
                 (Some(_), None) => Step::Read,
                 (Some(Work::Append(_)), Some(inbox)) if over(inbox, &self.bounds) => Step::Wait,
                 (Some(Work::Append(_)), Some(inbox)) => {
-                    append::plan(&rules, name, &mut user.queue, inbox, beside)
+                    append::plan(&rules, name, queue, acks_wait, inbox, beside)
                 }
-                (Some(Work::Ack(_)), Some(inbox)) => ack::plan(&rules, name, &mut user.queue, inbox),
+                (Some(Work::Ack(_)), Some(inbox)) => ack::plan(&rules, name, queue, inbox),
             };
             match step {
                 Step::Write(attempt) => {
@@ -259,14 +258,16 @@ impl Lane {
                 Step::Read => self.read_inboxes(&[name.to_owned()]).await?,
                 Step::Beside(from, to) => self.read_beside(name, from, to).await?,
                 Step::Bury(seqs) => self.bury(name, &seqs).await?,
-                Step::Again if user.queue.len() < before => {}
+                Step::Again if user.len() < before => {}
+                Step::Again if side == Side::Appends => waits = true,
                 Step::Again => return Ok(None),
                 Step::Wait => {
                     self.untidy.push(name.to_owned());
-                    return Ok(None);
+                    waits = true;
                 }
                 Step::Fail(count, error) => {
-                    user.queue.drain(..count).for_each(|queued| queued.work.fail(&error));
+                    let failed = user.queue(side).drain(..count);
+                    failed.for_each(|queued| queued.work.fail(&error));
                 }
             }
         }
@@ -290,12 +291,14 @@ impl Lane {
         };
         let again = match attempt.kind {
             Kind::Append(run) if done => {
-                append::committed(database, sink, name, &mut user.queue, inbox, attempt.batch, run);
+                let queue = &mut user.appends;
+                let next = append::committed(database, sink, name, queue, inbox, attempt.batch, run);
+                next.into_iter().for_each(|next| user.acks.push_front(next));
                 return None;
             }
             Kind::Ack { plan, .. } if done => {
                 plan.tell(sink, name, inbox.epoch);
-                plan.answer(&mut user.queue);
+                plan.answer(&mut user.acks);
                 return None;
             }
             Kind::Append(ref run) => run.may_match(inbox),
@@ -315,7 +318,7 @@ impl Lane {
         let Some(user) = self.users.get_mut(name) else { return };
         if let Kind::Arm(count) = attempt.kind {
             // An inbox that needs no arming is as good as an armed one, and a hint may be dropped.
-            user.queue.drain(..count);
+            user.acks.drain(..count);
             return;
         }
         let Some(inbox) = self.inboxes.get_mut(name) else { return };
@@ -325,12 +328,14 @@ impl Lane {
                 let (database, sink) = (&self.database, &*self.sink);
                 match attempt.kind {
                     Kind::Append(run) => {
-                        append::committed(database, sink, name, &mut user.queue, inbox, attempt.batch, run);
+                        let queue = &mut user.appends;
+                        let next = append::committed(database, sink, name, queue, inbox, attempt.batch, run);
+                        next.into_iter().for_each(|next| user.acks.push_front(next));
                     }
                     Kind::Ack { plan, .. } => {
                         plan.apply(inbox);
                         plan.tell(sink, name, inbox.epoch);
-                        plan.answer(&mut user.queue);
+                        plan.answer(&mut user.acks);
                     }
                     Kind::Arm(_) => {}
                 }
@@ -353,9 +358,9 @@ impl Lane {
 
     /// Drops the users without work, and counts what the others have.
     fn rest(&mut self) {
-        self.users.retain(|_, user| !user.queue.is_empty());
+        self.users.retain(|_, user| !user.is_empty());
         self.turns.retain(|name| self.users.contains_key(name));
-        self.taken = self.users.values().map(|user| user.queue.len()).sum();
+        self.taken = self.users.values().map(User::len).sum();
     }
 
     /// Answers work that has waited too long.
@@ -363,16 +368,9 @@ impl Lane {
         let now = Instant::now();
         let late = "the database did not answer in time; whether something was stored is unknown".to_owned();
         let error = self.problem.clone().unwrap_or(StoreError::Unavailable(late));
-        for user in self.users.values_mut() {
-            while user.queue.front().is_some_and(|queued| queued.deadline <= now) {
-                // All messages of a write have one fate: none of them may be written a second time.
-                let count = match user.unanswered.take().map(|attempt| attempt.kind) {
-                    Some(Kind::Append(run)) => run.count,
-                    Some(Kind::Ack { .. } | Kind::Arm(_)) | None => 1,
-                };
-                self.database.metrics.store_error();
-                user.queue.drain(..count).for_each(|queued| queued.work.fail(&error));
-            }
+        for late in self.users.values_mut().flat_map(|user| user.late(now)) {
+            self.database.metrics.store_error();
+            late.work.fail(&error);
         }
     }
 

@@ -10,6 +10,7 @@ mod append;
 mod audit;
 mod clock;
 mod connect;
+mod counted;
 mod database;
 mod dead;
 mod deliveries;
@@ -26,6 +27,7 @@ mod queue;
 mod reader;
 mod rearm;
 mod receipts;
+mod revocations;
 mod scheduled;
 mod sharding;
 #[cfg(test)]
@@ -37,6 +39,7 @@ use std::{panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
 use clock::ServerClock;
 pub use connect::OpenError;
+use counted::{Counted, count};
 use database::Database;
 use due::Share;
 use futures::{FutureExt, future::BoxFuture};
@@ -63,8 +66,8 @@ use super::{
     Acked, AppendError, Appended, Applied, AuditPage, Backlog, DeadFilter, DeadLetter, DeadPage,
     DeadPosition, DeliveriesPage, DeliveriesQuery, DueInbox, Expired, Forgotten, InboxQuery, InboxStore,
     JoinError, LogError, LogPage, LogPosition, LogStart, Membership, NewMessage, Numbered, Page, Publication,
-    PublicationError, Rearm, Receipt, RegisterError, Scheduled, ScheduledAt, Settle, Stats, StoreError,
-    StoreOptions, Turn,
+    PublicationError, Rearm, Receipt, RegisterError, Revocation, Scheduled, ScheduledAt, Settle, Stats,
+    StoreError, StoreOptions, Subject, Turn,
 };
 
 /// How many groups of writes are under way at once: enough that the server has work for all its cores, and can sync
@@ -78,11 +81,6 @@ const MAX_WAITING_READS: usize = 4_096;
 /// How long work may take, with everything that is tried again for it. Less than a back end's deadline, so that it
 /// gets an answer.
 const DEADLINE: Duration = Duration::from_millis(4_500);
-
-/// A count of everything is used again for at least so long, and for a hundred times as long as it took, so that
-/// counting stays below a hundredth of a server's work for each node.
-const COUNT_AT_LEAST: Duration = Duration::from_secs(30);
-const COUNT_FACTOR: u32 = 100;
 
 /// What is otherwise in tests.
 #[derive(Clone)]
@@ -111,15 +109,6 @@ impl Default for Tuning {
             commands: None,
         }
     }
-}
-
-/// How much the store held when it was last counted.
-#[derive(Default)]
-struct Counted {
-    stats: Stats,
-    /// Not counted again before.
-    again: Option<Instant>,
-    counting: bool,
 }
 
 /// The MongoDB adapter. Dropping it lets what is queued finish.
@@ -165,6 +154,7 @@ impl MongoStore {
             channels: opened.database.collection("channels"),
             members: opened.database.collection("members"),
             publications: opened.database.collection("publications"),
+            revoked: opened.database.collection("revoked"),
             remembered: Arc::default(),
             nodes: opened.database.collection::<Document>("nodes"),
             client: opened.client,
@@ -414,6 +404,14 @@ impl InboxStore for MongoStore {
         self.run(move |database| async move { scheduled::forget(&database, &messages).await })
     }
 
+    fn postpone(
+        &self,
+        messages: Vec<(String, Uuid)>,
+        until_us: u64,
+    ) -> BoxFuture<'static, Result<(), StoreError>> {
+        self.run(move |database| async move { scheduled::postpone(&database, &messages, until_us).await })
+    }
+
     fn register(&self, devices: Vec<(String, String)>) -> BoxFuture<'static, Vec<Result<(), RegisterError>>> {
         let count = devices.len();
         if count == 0 {
@@ -556,18 +554,25 @@ impl InboxStore for MongoStore {
     fn deliveries(&self, query: DeliveriesQuery) -> BoxFuture<'static, Result<DeliveriesPage, StoreError>> {
         self.run(move |database| async move { deliveries::list(&database, &query).await })
     }
-}
 
-async fn count(database: Database, counted: Arc<Mutex<Counted>>) {
-    let began = Instant::now();
-    let stats = reader::stats(&database).await;
-    let pause = COUNT_AT_LEAST.max(began.elapsed() * COUNT_FACTOR);
-    let mut counted = counted.lock();
-    counted.counting = false;
-    counted.again = Some(Instant::now() + pause);
-    match stats {
-        Ok(stats) => counted.stats = stats,
-        Err(error) => tracing::warn!(%error, "inboxes were not counted"),
+    fn revoke(&self, revocation: Revocation) -> BoxFuture<'static, Result<(), StoreError>> {
+        self.run(move |database| async move { revocations::set(&database, &revocation).await })
+    }
+
+    fn revocations(
+        &self,
+        after: Option<Subject>,
+        limit: usize,
+    ) -> BoxFuture<'static, Result<Vec<Revocation>, StoreError>> {
+        self.run(move |database| async move { revocations::list(&database, after.as_ref(), limit).await })
+    }
+
+    fn revocations_changed(
+        &self,
+        since_us: u64,
+        limit: usize,
+    ) -> BoxFuture<'static, Result<Vec<Revocation>, StoreError>> {
+        self.run(move |database| async move { revocations::changed(&database, since_us, limit).await })
     }
 }
 

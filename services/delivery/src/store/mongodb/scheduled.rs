@@ -37,6 +37,9 @@ use crate::{
 /// Pauses before a write is tried again.
 const PAUSES_MS: [u64; 8] = [2, 5, 20, 50, 100, 200, 400, 800];
 
+/// How late a message of another node's share is, in microseconds, when this one takes it too: the other most likely died.
+const GRACE_US: u64 = 500_000;
+
 /// A message that waits for its time.
 #[derive(Debug, Serialize, Deserialize)]
 struct ScheduledDoc {
@@ -389,7 +392,7 @@ pub(super) async fn claim(
     limit: usize,
 ) -> Result<Vec<Scheduled>, StoreError> {
     let mut found: Vec<ScheduledDoc> = Vec::new();
-    for look in share.looks(database, now_us).await {
+    for look in share.looks_beyond(database, now_us, GRACE_US).await {
         if found.len() >= limit {
             break;
         }
@@ -421,6 +424,20 @@ pub(super) async fn claim(
         }
     }
     Ok(claimed)
+}
+
+/// Has messages handed out again at another time.
+pub(super) async fn postpone(
+    database: &Database,
+    messages: &[(String, Uuid)],
+    until_us: u64,
+) -> Result<(), StoreError> {
+    let postpone = |(user, message_id): &(String, Uuid)| {
+        let update = doc! { "$set": { "due": until_us.cast_signed() } };
+        update_of(database.scheduled.namespace(), one(user, *message_id), update, false)
+    };
+    let outcomes = database.write(StoreOperation::Write, messages.iter().map(postpone).collect()).await;
+    super::dead::done(outcomes).map(drop)
 }
 
 /// Forgets messages; returns how many there were.

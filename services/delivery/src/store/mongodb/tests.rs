@@ -177,6 +177,12 @@ async fn fixed_cases_beside_the_inbox() {
     suite::fixed_cases(|| Case::on(mongo).small()).await;
 }
 
+#[tokio::test]
+async fn revocations() {
+    let mongo = Mongo::shared().await;
+    suite::revocations::fixed_cases(&|| Case::on(mongo)).await;
+}
+
 proptest! {
     // Each case takes some hundred calls to a server.
     #![proptest_config(ProptestConfig { cases: 12, max_shrink_iters: 64, ..ProptestConfig::default() })]

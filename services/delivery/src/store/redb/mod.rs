@@ -10,6 +10,7 @@ mod fanout;
 mod file;
 mod reader;
 mod receipts;
+mod revocations;
 mod room;
 mod scheduled;
 mod tables;
@@ -40,8 +41,8 @@ use super::{
     Acked, AppendError, Appended, Applied, AuditPage, Backlog, DeadFilter, DeadLetter, DeadPage,
     DeadPosition, DeliveriesPage, DeliveriesQuery, DueInbox, Expired, Forgotten, InboxQuery, InboxStore,
     JoinError, LogError, LogPage, LogPosition, LogStart, Membership, NewMessage, Numbered, Page, Publication,
-    PublicationError, Rearm, Receipt, RegisterError, Scheduled, ScheduledAt, Settle, Stats, StoreError,
-    StoreOptions, Turn,
+    PublicationError, Rearm, Receipt, RegisterError, Revocation, Scheduled, ScheduledAt, Settle, Stats,
+    StoreError, StoreOptions, Subject, Turn,
 };
 
 /// Most operations that wait for the writer.
@@ -358,7 +359,16 @@ impl InboxStore for RedbStore {
     }
 
     fn unschedule(&self, messages: Vec<(String, Uuid)>) -> BoxFuture<'static, Result<u64, StoreError>> {
-        self.ask(|answer| Operation::Unschedule { messages, answer })
+        self.ask(|answer| Operation::Unschedule { messages, until_us: None, answer })
+    }
+
+    fn postpone(
+        &self,
+        messages: Vec<(String, Uuid)>,
+        until_us: u64,
+    ) -> BoxFuture<'static, Result<(), StoreError>> {
+        let asked = self.ask(|answer| Operation::Unschedule { messages, until_us: Some(until_us), answer });
+        async move { asked.await.map(drop) }.boxed()
     }
 
     fn register(&self, devices: Vec<(String, String)>) -> BoxFuture<'static, Vec<Result<(), RegisterError>>> {
@@ -477,6 +487,27 @@ impl InboxStore for RedbStore {
     fn deliveries(&self, query: DeliveriesQuery) -> BoxFuture<'static, Result<DeliveriesPage, StoreError>> {
         let now_us = self.clock.now_us();
         self.run(move |database| receipts::deliveries(database, &query, now_us))
+    }
+
+    fn revoke(&self, revocation: Revocation) -> BoxFuture<'static, Result<(), StoreError>> {
+        self.ask(|answer| Operation::Revoke { revocation, answer })
+    }
+
+    fn revocations(
+        &self,
+        after: Option<Subject>,
+        limit: usize,
+    ) -> BoxFuture<'static, Result<Vec<Revocation>, StoreError>> {
+        let now_us = self.clock.now_us();
+        self.run(move |database| revocations::list(database, after.as_ref(), limit, now_us))
+    }
+
+    fn revocations_changed(
+        &self,
+        since_us: u64,
+        limit: usize,
+    ) -> BoxFuture<'static, Result<Vec<Revocation>, StoreError>> {
+        self.run(move |database| revocations::changed(database, since_us, limit))
     }
 }
 

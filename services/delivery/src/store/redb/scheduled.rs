@@ -111,6 +111,22 @@ impl Tables<'_> {
         Ok(claimed)
     }
 
+    /// Has messages handed out again at another time; returns how many there were.
+    pub(super) fn postpone(
+        &mut self,
+        messages: &[(String, Uuid)],
+        until_us: u64,
+    ) -> Result<u64, redb::Error> {
+        let mut postponed = 0;
+        for (user, id) in messages {
+            if self.scheduled_due.get((user.as_str(), id.as_u128()))?.is_some() {
+                self.hand_out_at(user, id.as_u128(), until_us)?;
+                postponed += 1;
+            }
+        }
+        Ok(postponed)
+    }
+
     /// Forgets scheduled messages; returns how many there were.
     pub(super) fn unschedule(&mut self, messages: &[(String, Uuid)]) -> Result<u64, redb::Error> {
         let mut forgotten = 0;

@@ -97,6 +97,7 @@ pub(super) fn create(transaction: &WriteTransaction) -> Result<(), redb::Error> 
     transaction.open_table(SCHEDULED_AT)?;
     transaction.open_table(RECEIPT_LOG)?;
     super::fanout::create(transaction)?;
+    super::revocations::create(transaction)?;
     transaction.open_table(SEEN)?;
     Ok(())
 }

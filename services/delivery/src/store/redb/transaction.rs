@@ -12,6 +12,7 @@ use super::{
     devices::fresh,
     fanout::FanOutTables,
     receipts::Log,
+    revocations::RevocationTables,
     room::Quotas,
     tables::{self, BodyExtra, DedupeRecord, InboxRecord, ReceiptRecord},
 };
@@ -99,6 +100,7 @@ pub(super) struct Tables<'txn> {
     pub(super) scheduled_at: Table<'txn, (u64, &'static str, u128), ()>,
     pub(super) log: Log<'txn>,
     pub(super) fan_out: FanOutTables<'txn>,
+    pub(super) revocations: RevocationTables<'txn>,
     pub(super) seen: Table<'txn, (u64, &'static str), ()>,
     cache: HashMap<String, Cached>,
     /// How many messages are scheduled, of users of whom that was asked.
@@ -149,6 +151,7 @@ impl<'txn> Tables<'txn> {
             scheduled_at: txn.open_table(tables::SCHEDULED_AT)?,
             log: Log::open(txn)?,
             fan_out: FanOutTables::open(txn)?,
+            revocations: RevocationTables::open(txn)?,
             seen: txn.open_table(tables::SEEN)?,
             cache: HashMap::new(),
             waiting: HashMap::new(),
@@ -541,6 +544,7 @@ impl<'txn> Tables<'txn> {
         }
         // As many as there are receipts, so they keep step, and are not counted.
         self.log.sweep(tables::receipt_cutoff(now_us), limit)?;
+        self.revocations.sweep(now_us, limit)?;
         let until = (tables::dedupe_cutoff(now_us), "", "", "");
         for entry in
             self.deduped_at.extract_from_if((0, "", "", "")..until, |_, ()| true)?.take(limit - removed)

@@ -28,7 +28,7 @@ use crate::{
     spans,
     store::{
         Acked, AppendError, Appended, CommitSink, DueInbox, Expired, Forgotten, NewMessage, Rearm,
-        RegisterError, Scheduled, ScheduledAt, Settle, StoreError, epoch::epoch,
+        RegisterError, Revocation, Scheduled, ScheduledAt, Settle, StoreError, epoch::epoch,
     },
 };
 
@@ -82,8 +82,10 @@ pub(super) enum Operation {
         limit: usize,
         answer: oneshot::Sender<Result<Vec<Scheduled>, StoreError>>,
     },
+    /// Without a time for good.
     Unschedule {
         messages: Vec<(String, Uuid)>,
+        until_us: Option<u64>,
         answer: oneshot::Sender<Result<u64, StoreError>>,
     },
     Register {
@@ -111,6 +113,10 @@ pub(super) enum Operation {
         answer: oneshot::Sender<Result<u64, StoreError>>,
     },
     FanOut(fanout::Work),
+    Revoke {
+        revocation: Revocation,
+        answer: oneshot::Sender<Result<(), StoreError>>,
+    },
 }
 
 /// An operation in the queue, with its share of the queue's bytes.
@@ -163,7 +169,7 @@ impl Operation {
             Operation::Schedule { messages, .. } => messages.len(),
             Operation::Unschedule { messages, .. } => messages.len(),
             Operation::Register { devices, .. } => devices.len(),
-            Operation::Redriven { .. } => 1,
+            Operation::Redriven { .. } | Operation::Revoke { .. } => 1,
             Operation::Purge { letters, .. } => letters.len(),
             Operation::FanOut(work) => work.items(),
         }
@@ -203,7 +209,12 @@ impl Operation {
             Operation::ClaimScheduled { now_us, until_us, limit, .. } => {
                 Outcome::ClaimScheduled(tables.claim_scheduled(*now_us, *until_us, *limit)?)
             }
-            Operation::Unschedule { messages, .. } => Outcome::Unschedule(tables.unschedule(messages)?),
+            Operation::Unschedule { messages, until_us: None, .. } => {
+                Outcome::Unschedule(tables.unschedule(messages)?)
+            }
+            Operation::Unschedule { messages, until_us: Some(until_us), .. } => {
+                Outcome::Unschedule(tables.postpone(messages, *until_us)?)
+            }
             Operation::Register { devices, .. } => Outcome::Register(
                 devices
                     .iter()
@@ -219,6 +230,10 @@ impl Operation {
             }
             Operation::Purge { letters, .. } => Outcome::Purge(tables.purge(letters)?),
             Operation::FanOut(work) => Outcome::FanOut(work.apply(tables)?),
+            Operation::Revoke { revocation, .. } => {
+                tables.revoke(revocation)?;
+                Outcome::Done
+            }
         })
     }
 
@@ -245,6 +260,7 @@ impl Operation {
             (Operation::Redriven { answer, .. }, Outcome::Redriven(found)) => drop(answer.send(Ok(found))),
             (Operation::Purge { answer, .. }, Outcome::Purge(purged)) => drop(answer.send(Ok(purged))),
             (Operation::FanOut(work), Outcome::FanOut(done)) => work.answer(done),
+            (Operation::Revoke { answer, .. }, Outcome::Done) => drop(answer.send(Ok(()))),
             _ => {}
         }
     }
@@ -274,6 +290,7 @@ impl Operation {
             Operation::Redriven { answer, .. } => drop(answer.send(Err(error.clone()))),
             Operation::Purge { answer, .. } => drop(answer.send(Err(error.clone()))),
             Operation::FanOut(work) => work.fail(error),
+            Operation::Revoke { answer, .. } => drop(answer.send(Err(error.clone()))),
             Operation::Arm { .. } => {}
         }
     }

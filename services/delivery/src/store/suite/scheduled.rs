@@ -43,6 +43,7 @@ pub(super) async fn fixed_cases<H: Harness>(make: impl Fn() -> H) {
     claims_take_the_earliest(make()).await;
     scheduling_and_sending_share_dedupe_keys(make()).await;
     a_scheduled_message_can_be_forgotten(make()).await;
+    what_is_postponed_comes_then_and_not_before(make()).await;
     so_many_wait_at_most(make()).await;
 }
 
@@ -96,6 +97,28 @@ async fn a_message_waits_for_its_time<H: Harness>(mut harness: H) {
     clock.advance(Duration::from_secs(3_600));
     assert_eq!(ids(&claim(&*store, &clock, 9).await), [0_u128; 0]);
     assert_eq!(store.stats().await.unwrap().scheduled, 0);
+}
+
+async fn what_is_postponed_comes_then_and_not_before<H: Harness>(mut harness: H) {
+    let store = harness.reopen().await;
+    let clock = harness.clock().clone();
+    let batch = [1, 2].map(|id| scheduled("bob", id, "", 1, &clock));
+    assert!(schedule(&*store, batch.to_vec()).await.iter().all(Result::is_ok));
+    clock.advance(Duration::from_secs(1));
+    assert_eq!(claim(&*store, &clock, 9).await.len(), 2);
+    let until_us = clock.now_us() + 2 * HOLD_US;
+    assert_eq!(store.postpone(vec![bob(1), bob(9)], until_us).await, Ok(()));
+    assert_eq!(store.postpone(Vec::new(), until_us).await, Ok(()));
+    drop(store);
+    let store = harness.reopen().await;
+    clock.advance(Duration::from_micros(HOLD_US));
+    assert_eq!(ids(&claim(&*store, &clock, 9).await), [2]);
+    clock.advance(Duration::from_micros(HOLD_US - 1));
+    assert_eq!(ids(&claim(&*store, &clock, 9).await), [0_u128; 0]);
+    clock.advance(Duration::from_micros(1));
+    assert_eq!(store.unschedule(vec![bob(2)]).await, Ok(1));
+    assert_eq!(ids(&claim(&*store, &clock, 9).await), [1]);
+    assert_eq!(store.stats().await.unwrap().scheduled, 1, "the one that was not there is not there now");
 }
 
 async fn claims_take_the_earliest<H: Harness>(mut harness: H) {

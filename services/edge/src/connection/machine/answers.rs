@@ -1,8 +1,8 @@
-//! What a client answers to inbox messages: `ack`, `nak`, `term`, `working`, or nothing in time.
+//! What a client answers to inbox messages: `ack`, `nak`, `term`, `working`, or nothing in time; and how many it takes.
 
 use sanjay_proto::edge::v1::FailureKind;
 use sanjay_protocol::{
-    command::{Ack, Nak, Term, Working},
+    command::{Ack, Credit, Nak, Term, Working},
     event::Settled,
 };
 use sanjay_runtime::trace::{TRACEPARENT_LEN, is_sampled};
@@ -102,6 +102,23 @@ impl Machine {
         match cursor.on_working(seq, delivery, around.ack_due()) {
             Ok(()) => reply(id, Ok(Event::Ok(Empty {})), effects),
             Err(stale) => refuse(id.map(Some), explain(stale, seq, delivery), effects),
+        }
+    }
+
+    pub(super) fn on_credit(
+        &mut self,
+        id: Option<u64>,
+        credit: Credit,
+        around: &dyn Surroundings,
+        effects: &mut Vec<Effect>,
+    ) {
+        if self.inbox.is_none() {
+            let why = "this connection takes no part in the inbox: hello said credit 0";
+            return send(id, Event::Error(ErrorBody::new(ErrorCode::BadRequest, why)), effects);
+        }
+        self.with_inbox(around, effects, |cursor, steps| cursor.on_credit(credit.n, steps));
+        if id.is_some() {
+            send(id, Event::Ok(Empty {}), effects);
         }
     }
 

@@ -89,7 +89,7 @@ fn encode(body: Body) -> Vec<u8> {
 }
 
 /// Reads an envelope; the payload in it is not copied.
-pub(super) fn decode(bytes: Bytes) -> Result<Content, EnvelopeError> {
+pub(crate) fn decode(bytes: Bytes) -> Result<Content, EnvelopeError> {
     let envelope = BusEnvelope::decode(bytes)?;
     if envelope.version != BUS_VERSION {
         return Err(EnvelopeError::Version(envelope.version));

@@ -51,8 +51,15 @@ impl Router {
         let fanout = Arc::new(Fanout::new(milestones, metrics.clone()));
         let lease = Duration::from_secs(10);
         let (random, redis_metrics) = (Arc::new(OsRandom), RedisMetrics::default());
-        let registry =
-            RedisRegistry::new(config.clone(), lease, clock, random.clone(), redis_metrics).unwrap();
+        let registry = RedisRegistry::new(
+            config.clone(),
+            lease,
+            clock,
+            random.clone(),
+            redis_metrics,
+            Default::default(),
+        )
+        .unwrap();
         let registry: Arc<dyn Registry> = Arc::new(registry);
         let bus = RedisBus::new(config, "r1", lifecycle.clone(), random, bus_metrics.clone()).unwrap();
         bus.listen(Arc::clone(&fanout) as Arc<dyn Sink>).await.unwrap();
@@ -197,8 +204,15 @@ async fn measure_latency() {
     let _bus = listening(&redis, &sink, &["a".into()]).await;
     let config = RedisConfig::parse(&redis.url()).unwrap();
     let (clock, random) = (Arc::new(SystemClock), Arc::new(OsRandom));
-    let registry =
-        RedisRegistry::new(config, Duration::from_secs(10), clock, random, RedisMetrics::default()).unwrap();
+    let registry = RedisRegistry::new(
+        config,
+        Duration::from_secs(10),
+        clock,
+        random,
+        RedisMetrics::default(),
+        Default::default(),
+    )
+    .unwrap();
     let mut ticks = interval(Duration::from_millis(5));
     for _ in 0..2_000 {
         ticks.tick().await;

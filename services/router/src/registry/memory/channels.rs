@@ -6,18 +6,27 @@
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
     hash::{BuildHasher as _, RandomState},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
 
 use parking_lot::Mutex;
 use sanjay_proto::{client::v1::Publication, router::v1::NewPublication};
-use sanjay_runtime::{clock::SharedClock, random::SharedRandom};
+use sanjay_runtime::{SharedNamespaces, clock::SharedClock, random::SharedRandom};
 use tokio::time::Instant;
 
-use super::Limits;
+use super::{
+    Limits,
+    log::{self, Log},
+};
 use crate::{
     bus::Sink,
-    registry::{Assigned, RegistryError, Top},
+    registry::{
+        Assigned, RegistryError, Top,
+        history::{HistoryPage, HistoryQuery, Keep},
+    },
 };
 
 /// Enough that threads seldom meet at one.
@@ -31,6 +40,9 @@ pub(super) struct Channels {
     /// Keyed anew in each process: nobody can choose names that all fall on one stripe.
     hasher: RandomState,
     limits: Limits,
+    namespaces: SharedNamespaces,
+    /// Bytes of everything that is kept.
+    kept_bytes: AtomicUsize,
     clock: SharedClock,
     random: SharedRandom,
 }
@@ -41,6 +53,7 @@ struct Stripe {
     /// When to look whether a channel is idle; one entry for each channel.
     idle: VecDeque<(Instant, Arc<str>)>,
     order: KeyOrder,
+    kept: log::Order,
 }
 
 /// All dedupe keys of a stripe, oldest first.
@@ -61,6 +74,8 @@ struct Channel {
     /// The keys of `first_answers`, oldest first.
     keys: VecDeque<Key>,
     sinks: Vec<(Arc<str>, Arc<dyn Sink>)>,
+    /// Only where something is, or was, kept.
+    log: Option<Box<Log>>,
 }
 
 struct Key {
@@ -71,15 +86,22 @@ struct Key {
 }
 
 impl Channels {
-    pub(super) fn new(limits: Limits, clock: SharedClock, random: SharedRandom) -> Self {
+    pub(super) fn new(
+        limits: Limits,
+        namespaces: SharedNamespaces,
+        clock: SharedClock,
+        random: SharedRandom,
+    ) -> Self {
         let stripes = (0..STRIPES).map(|_| Mutex::default()).collect();
-        Self { stripes, hasher: RandomState::new(), limits, clock, random }
+        let (hasher, kept_bytes) = (RandomState::new(), AtomicUsize::new(0));
+        Self { stripes, hasher, limits, namespaces, kept_bytes, clock, random }
     }
 
     pub(super) fn publish(&self, new: NewPublication) -> Result<Assigned, RegistryError> {
         let now = Instant::now();
+        let keep = Keep::from(self.namespaces.of(&new.channel));
         let mut stripe = self.stripe(&new.channel).lock();
-        let (channel, order) = self.channel(&mut stripe, &new.channel, now)?;
+        let (channel, order, kept) = self.channel(&mut stripe, &new.channel, now)?;
         if !new.dedupe_key.is_empty() {
             channel.expire_keys(now, order);
             if let Some(first) = channel.first_answers.get(new.dedupe_key.as_str()) {
@@ -98,7 +120,10 @@ impl Channels {
             let key = Key { text: new.dedupe_key.into(), expires: now + self.limits.dedupe_window, number };
             channel.remember(key, assigned.clone(), order, &self.limits);
         }
-        if !channel.sinks.is_empty() {
+        if keep.size == 0 {
+            channel.forget_log(kept, &self.kept_bytes);
+        }
+        if !channel.sinks.is_empty() || keep.size > 0 {
             let publication = Arc::new(Publication {
                 channel: new.channel,
                 offset: assigned.at.offset,
@@ -110,14 +135,28 @@ impl Channels {
                 trace: new.trace,
             });
             channel.sinks.iter().for_each(|(_, sink)| sink.publication(&publication));
+            if keep.size > 0 {
+                let log = channel.log.get_or_insert_default();
+                log.push(publication, &channel.name, keep, now, kept, &self.kept_bytes);
+            }
         }
         stripe.bound_keys(self.limits.total_dedupe_keys.div_ceil(STRIPES));
+        stripe.bound_logs(self.limits.history_bytes, &self.kept_bytes);
         Ok(assigned)
     }
 
     pub(super) fn top(&self, channel: &str) -> Result<Top, RegistryError> {
         let mut stripe = self.stripe(channel).lock();
         Ok(self.channel(&mut stripe, channel, Instant::now())?.0.position())
+    }
+
+    pub(super) fn history(&self, query: &HistoryQuery) -> Result<HistoryPage, RegistryError> {
+        let now = Instant::now();
+        let keep = Keep::from(self.namespaces.of(&query.channel));
+        let mut stripe = self.stripe(&query.channel).lock();
+        let (channel, ..) = self.channel(&mut stripe, &query.channel, now)?;
+        let (top, nothing) = (channel.position(), Log::default());
+        Ok(channel.log.as_deref().unwrap_or(&nothing).read(top, query, keep, now))
     }
 
     pub(super) fn subscribe(
@@ -127,7 +166,7 @@ impl Channels {
         sink: &Arc<dyn Sink>,
     ) -> Result<(), RegistryError> {
         let mut stripe = self.stripe(channel).lock();
-        let (channel, _) = self.channel(&mut stripe, channel, Instant::now())?;
+        let (channel, ..) = self.channel(&mut stripe, channel, Instant::now())?;
         if channel.sinks.iter().all(|(other, _)| other != router) {
             channel.sinks.push((Arc::clone(router), Arc::clone(sink)));
         }
@@ -150,8 +189,27 @@ impl Channels {
     pub(super) fn forget_idle(&self) {
         let now = Instant::now();
         for stripe in &self.stripes {
-            stripe.lock().forget_idle(now, &self.limits);
+            stripe.lock().forget_idle(now, &self.limits, &self.kept_bytes);
         }
+    }
+
+    /// Has a channel lose what it keeps, as if that were too old, or all its state.
+    #[cfg(test)]
+    pub(super) fn lose(&self, channel: &str, all: bool) {
+        let stripe = &mut *self.stripe(channel).lock();
+        let Some(channel) = stripe.channels.get_mut(channel) else { return };
+        channel.forget_log(&mut stripe.kept, &self.kept_bytes);
+        if all {
+            channel.forget_keys(&mut stripe.order);
+            let (sinks, name) = (std::mem::take(&mut channel.sinks), Arc::clone(&channel.name));
+            *channel = Channel { sinks, ..self.open(name, Instant::now()) };
+        }
+    }
+
+    /// How many bytes are kept.
+    #[cfg(test)]
+    pub(super) fn kept_bytes(&self) -> usize {
+        self.kept_bytes.load(Ordering::Relaxed)
     }
 
     /// How many dedupe keys are remembered.
@@ -165,22 +223,23 @@ impl Channels {
         &self.stripes[hash as usize % STRIPES]
     }
 
-    /// The channel's state, made anew when it has none or when it is idle but not yet swept, and the order of
-    /// its stripe's keys.
+    /// The channel's state, made anew when it has none or when it is idle but not yet swept, and the orders of
+    /// its stripe's keys and kept publications.
     fn channel<'a>(
         &self,
         stripe: &'a mut Stripe,
         name: &str,
         now: Instant,
-    ) -> Result<(&'a mut Channel, &'a mut KeyOrder), RegistryError> {
+    ) -> Result<(&'a mut Channel, &'a mut KeyOrder, &'a mut log::Order), RegistryError> {
         if let Some(known) = stripe.channels.get_mut(name) {
             if known.is_idle(now, &self.limits) {
                 known.forget_keys(&mut stripe.order);
+                known.forget_log(&mut stripe.kept, &self.kept_bytes);
                 *known = self.open(Arc::clone(&known.name), now);
             }
         } else {
             if stripe.channels.len() >= self.limits.channels.div_ceil(STRIPES) {
-                stripe.forget_idle(now, &self.limits);
+                stripe.forget_idle(now, &self.limits, &self.kept_bytes);
                 if stripe.channels.len() >= self.limits.channels.div_ceil(STRIPES) {
                     return Err(RegistryError::TooManyChannels { limit: self.limits.channels });
                 }
@@ -191,7 +250,7 @@ impl Channels {
         }
         let channel = stripe.channels.get_mut(name).expect("it was there or was inserted above");
         channel.used = now;
-        Ok((channel, &mut stripe.order))
+        Ok((channel, &mut stripe.order, &mut stripe.kept))
     }
 
     fn open(&self, name: Arc<str>, now: Instant) -> Channel {
@@ -204,17 +263,22 @@ impl Channels {
             first_answers: HashMap::new(),
             keys: VecDeque::new(),
             sinks: Vec::new(),
+            log: None,
         }
     }
 }
 
 impl Stripe {
-    fn forget_idle(&mut self, now: Instant, limits: &Limits) {
+    fn forget_idle(&mut self, now: Instant, limits: &Limits, kept_bytes: &AtomicUsize) {
+        for name in self.kept.expired(now) {
+            self.drop_oldest_of(&name, kept_bytes);
+        }
         for _ in 0..IDLE_STEP {
             let Some((_, name)) = self.idle.pop_front_if(|(due, _)| *due <= now) else { return };
             let Some(channel) = self.channels.get_mut(&name) else { continue };
             if channel.is_idle(now, limits) {
                 channel.forget_keys(&mut self.order);
+                channel.forget_log(&mut self.kept, kept_bytes);
                 self.channels.remove(&name);
             } else {
                 channel.expire_keys(now, &mut self.order);
@@ -235,6 +299,23 @@ impl Stripe {
     }
 }
 
+impl Stripe {
+    /// Forgets the oldest kept publications, whichever channel they belong to, while there is more than `most` of them
+    /// in all stripes.
+    fn bound_logs(&mut self, most: usize, kept_bytes: &AtomicUsize) {
+        while kept_bytes.load(Ordering::Relaxed) > most {
+            let Some(name) = self.kept.oldest() else { return };
+            self.drop_oldest_of(&name, kept_bytes);
+        }
+    }
+
+    fn drop_oldest_of(&mut self, name: &str, kept_bytes: &AtomicUsize) {
+        let log = self.channels.get_mut(name).and_then(|channel| channel.log.as_deref_mut());
+        log.expect("a channel takes what it keeps with it when it goes")
+            .drop_oldest(&mut self.kept, kept_bytes);
+    }
+}
+
 impl KeyOrder {
     /// Adds a key of the channel; returns its number.
     fn push(&mut self, channel: Arc<str>) -> u64 {
@@ -250,7 +331,9 @@ impl Channel {
     }
 
     fn is_idle(&self, now: Instant, limits: &Limits) -> bool {
-        self.sinks.is_empty() && now.duration_since(self.used) >= limits.idle
+        self.sinks.is_empty()
+            && now.duration_since(self.used) >= limits.idle
+            && self.log.as_deref().is_none_or(|log| !log.is_alive(now))
     }
 
     fn drop_router(&mut self, router: &str) {
@@ -276,6 +359,12 @@ impl Channel {
     fn forget_keys(&mut self, order: &mut KeyOrder) {
         while !self.keys.is_empty() {
             self.forget_oldest(order);
+        }
+    }
+
+    fn forget_log(&mut self, kept: &mut log::Order, kept_bytes: &AtomicUsize) {
+        if let Some(mut log) = self.log.take() {
+            log.clear(kept, kept_bytes);
         }
     }
 

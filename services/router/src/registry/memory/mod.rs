@@ -2,6 +2,7 @@
 //! and one half of an adapter pair whose other half is [`MemoryBus`].
 
 mod channels;
+mod log;
 mod sessions;
 #[cfg(test)]
 mod tests;
@@ -11,10 +12,13 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 use async_trait::async_trait;
 use parking_lot::RwLock;
 use sanjay_proto::router::v1::NewPublication;
-use sanjay_runtime::{clock::SharedClock, random::SharedRandom};
+use sanjay_runtime::{SharedNamespaces, clock::SharedClock, random::SharedRandom};
 
 use self::{channels::Channels, sessions::Sessions};
-use super::{Assigned, Attachment, EdgeRef, Location, Registry, RegistryError, Top, UserSession};
+use super::{
+    Assigned, Attachment, EdgeRef, HistoryPage, HistoryQuery, Location, Registry, RegistryError, Top,
+    UserSession,
+};
 use crate::bus::{EdgeHint, Sink, memory::MemoryBus};
 
 /// Sessions that are removed at a time: lookups get their turn in between.
@@ -34,6 +38,9 @@ pub struct Limits {
     pub dedupe_window: Duration,
     /// How long the state of an unused channel is kept.
     pub idle: Duration,
+    /// Most bytes that the histories of all channels may take; the oldest publications of a part of the channels go
+    /// first.
+    pub history_bytes: usize,
 }
 
 impl Default for Limits {
@@ -45,6 +52,7 @@ impl Default for Limits {
             total_dedupe_keys: 1_000_000,
             dedupe_window: Duration::from_secs(5 * 60),
             idle: Duration::from_secs(10 * 60),
+            history_bytes: 256 * 1024 * 1024,
         }
     }
 }
@@ -57,11 +65,22 @@ pub struct Memory {
 }
 
 impl Memory {
-    /// Empty.
+    /// Empty; no channel keeps anything.
     #[must_use]
     pub fn new(limits: Limits, clock: SharedClock, random: SharedRandom) -> Arc<Self> {
+        Self::keeping(limits, SharedNamespaces::default(), clock, random)
+    }
+
+    /// Empty; channels keep what their namespaces say.
+    #[must_use]
+    pub fn keeping(
+        limits: Limits,
+        namespaces: SharedNamespaces,
+        clock: SharedClock,
+        random: SharedRandom,
+    ) -> Arc<Self> {
         Arc::new(Self {
-            channels: Channels::new(limits, clock, random),
+            channels: Channels::new(limits, namespaces, clock, random),
             sessions: RwLock::default(),
             routers: RwLock::default(),
         })
@@ -130,6 +149,10 @@ impl Registry for MemoryRegistry {
 
     async fn tops(&self, channels: &[Arc<str>]) -> Vec<Result<Top, RegistryError>> {
         channels.iter().map(|channel| self.memory.channels.top(channel)).collect()
+    }
+
+    async fn history(&self, query: &HistoryQuery) -> Result<HistoryPage, RegistryError> {
+        self.memory.channels.history(query)
     }
 
     async fn attach(&self, edge: &EdgeRef, router: &Arc<str>) -> Result<Attachment, RegistryError> {

@@ -2,14 +2,14 @@
 
 use std::{sync::Arc, time::Duration};
 
-use sanjay_runtime::{ManualClock, SeededRandom};
+use sanjay_runtime::{ManualClock, Namespace, Namespaces, SeededRandom, SharedNamespaces};
 use tokio::time::advance;
 
 use super::{Limits, Memory};
 use crate::{
     bus::{Bus, Sink},
     registry::{
-        Assigned, EdgeRef, Registry, RegistryError, UserSession,
+        Assigned, EdgeRef, HistoryPage, HistoryQuery, Registry, RegistryError, Top, UserSession,
         suite::{self, Pair, Recorder, publication},
     },
 };
@@ -174,4 +174,80 @@ async fn several_routers_share_one_memory() {
     assert_eq!(b.relay("a", Vec::new()).await, Ok(true));
     drop(a);
     assert_eq!(b.relay("a", Vec::new()).await, Ok(false));
+}
+
+fn keeping(limits: Limits, namespace: Namespace) -> Arc<Memory> {
+    let namespaces: Namespaces = [("log".to_owned(), namespace)].into_iter().collect();
+    let (clock, random) = (Arc::new(ManualClock::new(1_000_000)), Arc::new(SeededRandom::new(1)));
+    Memory::keeping(limits, SharedNamespaces::new(namespaces), clock, random)
+}
+
+async fn read(memory: &Arc<Memory>, channel: &str, since: Option<Top>) -> HistoryPage {
+    let query = HistoryQuery { channel: channel.into(), since, limit: 100, bytes: 1 << 20 };
+    memory.registry().history(&query).await.unwrap()
+}
+
+fn offsets(page: &HistoryPage) -> Vec<u64> {
+    page.publications.iter().map(|publication| publication.offset).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn histories_are_what_the_model_says() {
+    let make = |namespaces| -> suite::history::Subject {
+        let (clock, random) = (Arc::new(ManualClock::new(1_000_000)), Arc::new(SeededRandom::new(1)));
+        let memory = Memory::keeping(Limits::default(), namespaces, clock, random);
+        let registry = Arc::new(memory.registry());
+        let lose = move |channel: Arc<str>, all: bool| {
+            memory.channels.lose(&channel, all);
+            Box::pin(async {}) as _
+        };
+        (registry, Box::new(lose))
+    };
+    suite::history::run(make, suite::history::cases(200, 60)).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_publication_is_kept_for_its_time_and_a_channel_as_long_as_its_history() {
+    let settings = Namespace { history_size: 10, history_ttl_s: 3_600, ..Namespace::default() };
+    let memory = keeping(Limits::default(), settings);
+    let first = publish(&memory, "log:1", "").await.at;
+    advance(Duration::from_secs(1_800)).await;
+    memory.registry().maintain().await.unwrap();
+    assert_eq!(
+        publish(&memory, "log:1", "").await.at.epoch,
+        first.epoch,
+        "it was idle for longer than others may be"
+    );
+    advance(Duration::from_secs(1_799)).await;
+    assert_eq!(offsets(&read(&memory, "log:1", None).await), [1, 2]);
+    advance(Duration::from_secs(1)).await;
+    let page = read(&memory, "log:1", Some(Top { offset: 0, ..first.clone() })).await;
+    assert!(page.lost && page.publications.is_empty(), "not a part of it");
+    assert_eq!(offsets(&read(&memory, "log:1", Some(first.clone())).await), [2]);
+    advance(Duration::from_secs(1_800)).await;
+    assert!(read(&memory, "log:1", None).await.publications.is_empty());
+    memory.registry().maintain().await.unwrap();
+    assert_eq!(memory.channels.kept_bytes(), 0, "what is too old makes room");
+    advance(Duration::from_secs(601)).await;
+    memory.registry().maintain().await.unwrap();
+    let page = read(&memory, "log:1", Some(first.clone())).await;
+    assert!(page.lost && page.top.epoch != first.epoch, "another epoch");
+}
+
+#[tokio::test]
+async fn histories_are_bounded_in_bytes_and_the_oldest_go_first() {
+    let settings = Namespace { history_size: 10_000, ..Namespace::default() };
+    let most = 64 * 1024;
+    let memory = keeping(Limits { history_bytes: most, ..Limits::default() }, settings);
+    let mut last = None;
+    for _ in 0..2_000 {
+        last = Some(publish(&memory, "log:1", "").await.at);
+    }
+    let (bytes, last) = (memory.channels.kept_bytes(), last.unwrap());
+    assert!(bytes <= most && bytes > most - 1_024, "{bytes}");
+    let page = read(&memory, "log:1", None).await;
+    assert_eq!(page.publications.len(), 100);
+    assert_eq!(page.publications.last().unwrap().offset, 2_000, "the newest are there");
+    assert!(read(&memory, "log:1", Some(Top { offset: 1_000, ..last.clone() })).await.lost);
+    assert!(!read(&memory, "log:1", Some(Top { offset: 1_990, ..last })).await.lost);
 }

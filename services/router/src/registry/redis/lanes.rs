@@ -12,7 +12,7 @@ use prost::{
 };
 use redis::{ErrorKind, Pipeline, RedisError, RedisResult, ServerErrorKind, Value, from_redis_value};
 use sanjay_proto::router::v1::NewPublication;
-use sanjay_runtime::{clock::SharedClock, random::SharedRandom};
+use sanjay_runtime::{SharedNamespaces, clock::SharedClock, random::SharedRandom};
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot},
     task::JoinSet,
@@ -27,7 +27,7 @@ use super::{
 use crate::{
     bus::redis::envelope::encode_publication,
     redis::keys::partition,
-    registry::{Assigned, RegistryError, Top},
+    registry::{Assigned, RegistryError, Top, history::Keep},
 };
 
 /// While one lane waits for its answers, the others send.
@@ -77,6 +77,7 @@ struct Lane {
     known: Arc<Known>,
     clock: SharedClock,
     random: SharedRandom,
+    namespaces: SharedNamespaces,
 }
 
 impl Lanes {
@@ -85,6 +86,7 @@ impl Lanes {
         known: &Arc<Known>,
         clock: &SharedClock,
         random: &SharedRandom,
+        namespaces: &SharedNamespaces,
     ) -> Self {
         let mut tasks = JoinSet::new();
         let lanes = (0..LANES).map(|_| {
@@ -94,6 +96,7 @@ impl Lanes {
                 known: Arc::clone(known),
                 clock: Arc::clone(clock),
                 random: Arc::clone(random),
+                namespaces: namespaces.clone(),
             };
             tasks.spawn(lane.run(receiver));
             sender
@@ -229,8 +232,10 @@ impl Lane {
 
     fn call(&self, open: &Open, item: &Item, time_us: u64) -> redis::Cmd {
         let keys = &self.known.keys;
+        let channel = &*item.channel;
         let names =
-            [keys.channel(&item.channel), keys.dedupe(&item.channel), keys.publications(&item.channel)];
+            [keys.channel(channel), keys.dedupe(channel), keys.publications(channel), keys.history(channel)];
+        let keep = Keep::from(self.namespaces.of(channel));
         let mut time_field = Vec::with_capacity(11);
         encode_key(TIME_FIELD, WireType::Varint, &mut time_field);
         encode_varint(time_us, &mut time_field);
@@ -244,7 +249,9 @@ impl Lane {
             .arg(&item.envelope)
             .arg(time_field)
             .arg(&item.dedupe_key)
-            .arg(remembered);
+            .arg(remembered)
+            .arg(keep.size)
+            .arg(keep.ttl_ms());
         call
     }
 

@@ -37,6 +37,7 @@ pub(super) const DEDUPE_WINDOW: Duration = Duration::from_secs(5 * 60);
 pub(super) const DEDUPE_KEYS: usize = 4_096;
 
 const PUBLISH: &str = concat!(include_str!("scripts/channel.lua"), include_str!("scripts/publish.lua"));
+const HISTORY: &str = concat!(include_str!("scripts/channel.lua"), include_str!("scripts/history.lua"));
 const TOP: &str = concat!(include_str!("scripts/channel.lua"), include_str!("scripts/top.lua"));
 
 pub(super) struct Line {
@@ -73,6 +74,7 @@ pub(super) struct Open {
     broken: AtomicBool,
     pub(super) publish: Script,
     pub(super) top: Script,
+    pub(super) history: Script,
 }
 
 impl Line {
@@ -132,6 +134,7 @@ impl Line {
             broken: AtomicBool::new(false),
             publish: Script::new("publish", self.limits.fill(PUBLISH, &server)),
             top: Script::new("tops", self.limits.fill(TOP, &server)),
+            history: Script::new("history", self.limits.fill(HISTORY, &server)),
         };
         open.load().await?;
         Ok(open)
@@ -161,7 +164,8 @@ impl Open {
     pub(super) async fn load(&self) -> RedisResult<()> {
         let mut connection = self.connection.clone();
         self.publish.load(&mut connection).await?;
-        self.top.load(&mut connection).await
+        self.top.load(&mut connection).await?;
+        self.history.load(&mut connection).await
     }
 
     /// Has the next caller make another connection.

@@ -3,6 +3,7 @@
 //! Channels go over one connection, in lanes that keep their order; edges and sessions over a pool.
 //! Epochs belong to the Redis process that assigns the offsets: see `scripts/channel.lua`.
 
+mod history;
 mod lanes;
 mod line;
 mod pool;
@@ -21,17 +22,21 @@ use async_trait::async_trait;
 use redis::{Pipeline, from_redis_value};
 use sanjay_proto::router::v1::NewPublication;
 use sanjay_resilience::State;
-use sanjay_runtime::{clock::SharedClock, random::SharedRandom};
+use sanjay_runtime::{SharedNamespaces, clock::SharedClock, random::SharedRandom};
 use tokio::time::timeout;
 
 use self::{
+    history::Reader,
     lanes::{Lanes, new_epoch},
     line::{Limits, Line},
     pool::{Pool, is_no_script},
     server::{Known, describe, timed_out},
     sessions::Sessions,
 };
-use super::{Assigned, Attachment, EdgeRef, Location, Registry, RegistryError, Top, UserSession};
+use super::{
+    Assigned, Attachment, EdgeRef, HistoryPage, HistoryQuery, Location, Registry, RegistryError, Top,
+    UserSession, history::Keep,
+};
 use crate::redis::{RedisConfig, keys::Keys, metrics::RedisMetrics};
 
 /// Channels of one round trip.
@@ -43,11 +48,13 @@ pub struct RedisRegistry {
     line: Arc<Line>,
     lanes: Lanes,
     sessions: Sessions,
+    reader: Reader,
+    namespaces: SharedNamespaces,
     random: SharedRandom,
 }
 
 impl RedisRegistry {
-    /// Connects when it is used first. `lease` is for how long an attachment lasts without being renewed.
+    /// Connects when it is used first; channels keep what their namespaces say. `lease` is for how long an attachment lasts without being renewed.
     /// Must be called within a runtime.
     ///
     /// # Errors
@@ -58,9 +65,10 @@ impl RedisRegistry {
         clock: SharedClock,
         random: SharedRandom,
         metrics: RedisMetrics,
+        namespaces: SharedNamespaces,
     ) -> anyhow::Result<Self> {
         let keys = config.keys();
-        Self::with(config, keys, Limits::default(), lease, (clock, random), metrics)
+        Self::with(config, keys, Limits::default(), lease, (clock, random, namespaces), metrics)
     }
 
     fn with(
@@ -68,14 +76,16 @@ impl RedisRegistry {
         keys: Keys,
         limits: Limits,
         lease: Duration,
-        (clock, random): (SharedClock, SharedRandom),
+        (clock, random, namespaces): (SharedClock, SharedRandom, SharedNamespaces),
         metrics: RedisMetrics,
     ) -> anyhow::Result<Self> {
         let known = Arc::new(Known::new(config, keys, metrics, lease));
         let line = Arc::new(Line::new(Arc::clone(&known), limits).context("cannot set up Redis")?);
         let pool = Pool::new(Arc::clone(&known)).context("cannot set up Redis")?;
         Ok(Self {
-            lanes: Lanes::start(&line, &known, &clock, &random),
+            lanes: Lanes::start(&line, &known, &clock, &random, &namespaces),
+            reader: Reader::new(Arc::clone(&known), Arc::clone(&line)),
+            namespaces,
             sessions: Sessions::new(pool, Arc::clone(&known)),
             known,
             line,
@@ -92,7 +102,8 @@ impl RedisRegistry {
         let keys = &self.known.keys;
         let mut pipeline = Pipeline::with_capacity(channels.len());
         for channel in channels {
-            let mut call = open.top.call(&[keys.channel(channel), keys.dedupe(channel)]);
+            let names = [keys.channel(channel), keys.dedupe(channel), keys.history(channel)];
+            let mut call = open.top.call(&names);
             call.arg(new_epoch(&self.random));
             pipeline.add_command(call);
         }
@@ -138,6 +149,11 @@ impl Registry for RedisRegistry {
             }
         }
         tops
+    }
+
+    async fn history(&self, query: &HistoryQuery) -> Result<HistoryPage, RegistryError> {
+        let keep = Keep::from(self.namespaces.of(&query.channel));
+        self.reader.read(&self.sessions.pool, query, keep, &self.random).await
     }
 
     async fn attach(&self, edge: &EdgeRef, router: &Arc<str>) -> Result<Attachment, RegistryError> {

@@ -94,6 +94,22 @@ impl Pool {
         self.within(script.name, run).await
     }
 
+    /// Calls a script that only the connection which it is made for may load; nothing when the server does not know it.
+    pub(super) async fn call<T: FromRedisValue>(
+        &self,
+        operation: &'static str,
+        call: &redis::Cmd,
+    ) -> Result<Option<T>, RegistryError> {
+        let run = async {
+            let mut connection = self.connect().await?;
+            match call.query_async(&mut connection).await {
+                Err(error) if is_no_script(&error) => Ok(None),
+                answer => answer.map(Some),
+            }
+        };
+        self.within(operation, run).await
+    }
+
     /// Sends commands together; an error of one is an error of all.
     pub(super) async fn send(
         &self,

@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use sanjay_runtime::{Lifecycle, ManualClock, SeededRandom};
+use sanjay_runtime::{Lifecycle, ManualClock, Namespace, Namespaces, SeededRandom, SharedNamespaces};
 use sanjay_testkit::servers::{Redis, RedisOptions};
 use tokio::time::{Instant, interval, timeout};
 
@@ -21,7 +21,8 @@ use crate::{
     },
     redis::{RedisConfig, keys::Keys, metrics::RedisMetrics},
     registry::{
-        Assigned, Attachment, EdgeRef, Location, Registry, RegistryError, UserSession,
+        Assigned, Attachment, EdgeRef, HistoryPage, HistoryQuery, Location, Registry, RegistryError, Top,
+        UserSession,
         suite::{self, Pair, Recorder, eventually, publication},
     },
 };
@@ -35,6 +36,7 @@ struct Setup {
     limits: Limits,
     lease: Duration,
     seed: AtomicU32,
+    namespaces: SharedNamespaces,
 }
 
 impl Setup {
@@ -42,14 +44,24 @@ impl Setup {
         let config = RedisConfig::parse(&redis.url()).unwrap();
         // A loaded machine must not turn slowness into failures.
         let config = RedisConfig { timeout: Duration::from_secs(5), ..config };
-        Self { keys: config.keys(), config, limits: Limits::default(), lease: LONG, seed: AtomicU32::new(1) }
+        Self {
+            keys: config.keys(),
+            config,
+            limits: Limits::default(),
+            lease: LONG,
+            seed: AtomicU32::new(1),
+            namespaces: SharedNamespaces::default(),
+        }
     }
 
     /// One more router.
     fn registry(&self) -> RedisRegistry {
         let seed = self.seed.fetch_add(1, Ordering::Relaxed);
-        let sources =
-            (Arc::new(ManualClock::new(1_000_000)) as _, Arc::new(SeededRandom::new(seed.into())) as _);
+        let sources = (
+            Arc::new(ManualClock::new(1_000_000)) as _,
+            Arc::new(SeededRandom::new(seed.into())) as _,
+            self.namespaces.clone(),
+        );
         let (config, keys) = (self.config.clone(), self.keys.clone());
         RedisRegistry::with(config, keys, self.limits, self.lease, sources, RedisMetrics::default()).unwrap()
     }
@@ -547,6 +559,107 @@ async fn a_server_that_is_not_there_is_named_and_found_when_it_comes() {
     assert!(registry.maintain().await.unwrap_err().to_string().contains("router.redis_password"));
     setup.config.password = "right".into();
     assert_eq!(offset(&setup.registry(), "news").await.1, 1);
+}
+
+/// Channels of the namespace `log` keep so many, each for so long.
+fn keeping(history_size: u32, history_ttl_s: u32) -> SharedNamespaces {
+    let settings = Namespace { history_size, history_ttl_s, ..Namespace::default() };
+    SharedNamespaces::new([("log".to_owned(), settings)].into_iter().collect::<Namespaces>())
+}
+
+async fn read(registry: &RedisRegistry, since: Option<(&str, u64)>) -> HistoryPage {
+    let since = since.map(|(epoch, offset)| Top { epoch: epoch.into(), offset });
+    let query = HistoryQuery { channel: "log:1".into(), since, limit: 100, bytes: 1 << 20 };
+    until(async || registry.history(&query).await, Result::is_ok).await.unwrap()
+}
+
+fn offsets(page: &HistoryPage) -> Vec<u64> {
+    page.publications.iter().map(|publication| publication.offset).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn histories_are_what_the_model_says() {
+    let redis = Arc::new(Redis::start().await);
+    let names = AtomicU32::new(0);
+    let make = |namespaces| -> suite::history::Subject {
+        let keys = Keys::with_prefix(&format!("h{}", names.fetch_add(1, Ordering::Relaxed)));
+        let setup = Setup { keys: keys.clone(), namespaces, ..Setup::new(&redis) };
+        let redis = Arc::clone(&redis);
+        let lose = move |channel: Arc<str>, epoch: bool| {
+            let (redis, keys) = (Arc::clone(&redis), keys.clone());
+            Box::pin(async move {
+                let (state, log) = (keys.channel(&channel), keys.history(&channel));
+                let exists = redis.command(&["EXISTS", &state]).await.integer() == 1;
+                if epoch && exists {
+                    // As if another process had touched the channel last.
+                    redis.command(&["HSET", &state, "run_id", "another"]).await;
+                } else {
+                    redis.command(&["DEL", &log]).await;
+                }
+            }) as _
+        };
+        (Arc::new(setup.registry()), Box::new(lose))
+    };
+    suite::history::run(make, suite::history::cases(60, 60)).await;
+}
+
+#[tokio::test]
+async fn a_publication_is_kept_for_its_time_and_a_channel_as_long_as_its_history() {
+    let redis = Redis::start().await;
+    let mut setup = Setup::new(&redis);
+    setup.limits.idle = Duration::from_millis(300);
+    setup.namespaces = keeping(10, 2);
+    let registry = setup.registry();
+    let epoch = publish(&registry, "log:1", "").await.unwrap().at.epoch;
+    let began = Instant::now();
+    let waited = until(async || began.elapsed(), |waited| *waited > Duration::from_millis(1_000)).await;
+    assert!(waited < Duration::from_millis(1_900), "the machine is too slow for this test");
+    assert_eq!(
+        offset(&registry, "log:1").await,
+        (Arc::clone(&epoch), 2),
+        "it was idle for longer than others may be"
+    );
+    assert_eq!(offsets(&read(&registry, Some((&epoch, 0))).await), [1, 2]);
+    // The first is too old now, and the second is not.
+    let page = until(async || read(&registry, Some((&epoch, 0))).await, |page| page.lost).await;
+    assert!(page.publications.is_empty(), "not a part of it");
+    assert_eq!(offsets(&read(&registry, Some((&epoch, 1))).await), [2]);
+    let keys = [setup.keys.channel("log:1"), setup.keys.history("log:1")];
+    let left = async || redis.command(&["EXISTS", &keys[0], &keys[1]]).await.integer();
+    until(left, |left| *left == 0).await;
+    assert_ne!(read(&registry, None).await.top.epoch, epoch, "nothing is left of it");
+}
+
+#[tokio::test]
+async fn what_another_process_kept_is_lost_with_its_epoch() {
+    let mut redis = Redis::start().await;
+    let setup = Setup { namespaces: keeping(10, 300), ..Setup::new(&redis) };
+    let registry = setup.registry();
+    for _ in 0..3 {
+        publish(&registry, "log:1", "").await.unwrap();
+    }
+    let epoch = read(&registry, None).await.top.epoch;
+    let snapshot = redis.snapshot().await;
+    publish(&registry, "log:1", "").await.unwrap();
+    assert_eq!(offsets(&read(&registry, Some((&epoch, 2))).await), [3, 4]);
+    redis.restart_from(&snapshot).await;
+    let page = read(&registry, Some((&epoch, 2))).await;
+    assert!(page.lost && page.publications.is_empty() && page.top.epoch != epoch, "{page:?}");
+    assert!(read(&registry, None).await.publications.is_empty(), "and nothing of it is the new epoch's");
+    let new = until(async || publish(&registry, "log:1", "").await, Result::is_ok).await.unwrap();
+    assert_eq!(offsets(&read(&registry, Some((&new.at.epoch, 0))).await), [1]);
+}
+
+#[tokio::test]
+async fn scripts_that_are_flushed_cost_no_history() {
+    let redis = Redis::start().await;
+    let setup = Setup { namespaces: keeping(10, 300), ..Setup::new(&redis) };
+    let registry = setup.registry();
+    let epoch = publish(&registry, "log:1", "").await.unwrap().at.epoch;
+    redis.command(&["SCRIPT", "FLUSH"]).await;
+    let query = HistoryQuery { channel: "log:1".into(), since: None, limit: 1, bytes: 1 };
+    let page = registry.history(&query).await.unwrap();
+    assert_eq!((page.top.epoch, page.publications.len()), (epoch, 1));
 }
 
 /// How much publishing costs, and how much of it is the server's; run it with `--ignored --nocapture`.

@@ -7,10 +7,9 @@ use sanjay_client::{
     ConnectionError, RawConnection,
     protocol::{CloseCode, Command, Envelope, Event, command::Hello, command::Subscribe},
 };
-use sanjay_runtime::Secret;
 use tokio::{sync::watch, time::timeout};
 
-use crate::commands::token;
+use crate::{commands::token, settings::Signer};
 
 /// How long a connect, up to `welcome`, or the answer to a command may take.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -19,7 +18,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub(super) struct Edge {
     pub(super) url: String,
-    pub(super) secret: Secret,
+    pub(super) signer: Signer,
     /// Tells this run's users, channels and messages from others'.
     pub(super) run: String,
 }
@@ -41,7 +40,7 @@ impl Edge {
 
     /// Connects as the user `name`, with `credit` for its inbox.
     pub(super) async fn open(&self, name: &str, credit: Option<u32>) -> Result<Opened, ConnectionError> {
-        let token = token::mint(name, &self.secret);
+        let token = token::mint(name, &self.signer);
         let open = async {
             let started = Instant::now();
             let mut connection = RawConnection::connect(&self.url).await?;
@@ -83,7 +82,7 @@ impl Edge {
         connection: &mut RawConnection,
         channel: &str,
     ) -> anyhow::Result<()> {
-        let command = Command::Subscribe(Subscribe { channel: channel.to_owned() });
+        let command = Command::Subscribe(Subscribe { channel: channel.to_owned(), ..Subscribe::default() });
         let asked = async {
             connection.send(Envelope { id: Some(1), command }).await?;
             loop {

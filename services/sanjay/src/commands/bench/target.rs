@@ -23,10 +23,10 @@ impl TargetArgs {
     /// # Errors
     /// Says what to start or to set.
     pub(super) async fn edge(&self) -> anyhow::Result<Edge> {
-        let (url, secret) = self.access.resolve()?;
+        let (url, signer) = self.access.resolve()?;
         // Names of an earlier run must not meet those of this one: inboxes last.
         let run = uuid_v4(&OsRandom).simple().to_string()[..8].to_owned();
-        let edge = Edge { url, secret, run };
+        let edge = Edge { url, signer, run };
         edge.probe().await?;
         Ok(edge)
     }

@@ -54,14 +54,14 @@ enum Heard {
 impl Args {
     /// Runs until a signal or the given time, and then until everything arrived.
     pub(super) async fn run(self) -> anyhow::Result<()> {
-        let (url, secret) = self.edge.resolve()?;
+        let (url, signer) = self.edge.resolve()?;
         let run = run_name();
         let room = |person: usize| person % usize::from(self.rooms);
         let (events, mut heard) = mpsc::channel(EVENTS);
         let (mut reports, stopped) = Reports::new();
         let mut clients = Vec::new();
         for person in 0..usize::from(self.people) {
-            let client = Client::connect(demo_client(&url, &name(person), &secret, 0)).await?;
+            let client = Client::connect(demo_client(&url, &name(person), &signer, 0)).await?;
             let subscription = client.subscribe(&channel(room(person))).await?;
             tokio::spawn(listen(person, run.clone(), subscription, client.watch(), events.clone()));
             if person == 0 {

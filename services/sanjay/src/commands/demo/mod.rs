@@ -11,11 +11,11 @@ use std::time::Duration;
 use anyhow::{Context as _, anyhow};
 use clap::Subcommand;
 use sanjay_client::{ClientOptions, ClosedError, State, TokenSource, protocol::Payload};
-use sanjay_runtime::{OsRandom, Secret, random::uuid_v4};
+use sanjay_runtime::{OsRandom, random::uuid_v4};
 use serde::{Deserialize, Serialize};
 use tokio::{sync::watch, time::Instant};
 
-use crate::{commands::token, output, signals::interrupted};
+use crate::{commands::token, output, settings::Signer, signals::interrupted};
 
 /// How often a demo says where it stands.
 const REPORT_EVERY: Duration = Duration::from_secs(5);
@@ -160,11 +160,11 @@ enum Due {
 }
 
 /// How a person of a demo connects, with `credit` for the inbox.
-fn demo_client(url: &str, user: &str, secret: &Secret, credit: u32) -> ClientOptions {
-    let (user, secret) = (user.to_owned(), secret.clone());
+fn demo_client(url: &str, user: &str, signer: &Signer, credit: u32) -> ClientOptions {
+    let (user, signer) = (user.to_owned(), signer.clone());
     // Asked again when a token has ended, so that a demo may run for weeks.
     let tokens = TokenSource::callback(move || {
-        let token = token::mint(&user, &secret);
+        let token = token::mint(&user, &signer);
         async move { Ok(token) }
     });
     let mut options = ClientOptions::new(url, tokens);

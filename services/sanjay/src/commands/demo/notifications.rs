@@ -8,7 +8,6 @@ use sanjay_client::{
     Backend, BackendError, BackendOptions, Client, ClientOptions, InboxEvent, InboxStream, MemoryCheckpoint,
     State,
 };
-use sanjay_runtime::Secret;
 use tokio::{
     sync::{mpsc, watch},
     time::{Instant, MissedTickBehavior, interval, sleep, timeout_at},
@@ -17,7 +16,7 @@ use tokio::{
 use super::{Due, Note, Reports, RunArgs, Said, demo_client, ended, ledger::Ledger, run_name, tell_outages};
 use crate::{
     output,
-    settings::{AccessArgs, ServerArgs, explain},
+    settings::{AccessArgs, ServerArgs, Signer, explain},
 };
 
 /// Events of all users that wait to be written into the books.
@@ -69,7 +68,7 @@ enum Heard {
 impl Args {
     /// Runs until a signal or the given time, and then until everything arrived.
     pub(super) async fn run(self) -> anyhow::Result<()> {
-        let (url, secret) = self.access.resolve()?;
+        let (url, signer) = self.access.resolve()?;
         let options = self.server.options(&self.access.secret.data_dir)?;
         let run = run_name();
         let (events, mut heard) = mpsc::channel(EVENTS);
@@ -77,7 +76,7 @@ impl Args {
         let (mut reports, stopped) = Reports::new();
         for number in 0..self.users {
             let user = User {
-                options: options_of(&url, number, &secret),
+                options: options_of(&url, number, &signer),
                 leaves: number % 2 == 1,
                 first: number == 0,
                 run: run.clone(),
@@ -138,8 +137,8 @@ fn name(user: u16) -> String {
     format!("demo-user-{}", user + 1)
 }
 
-fn options_of(url: &str, user: u16, secret: &Secret) -> ClientOptions {
-    let mut options = demo_client(url, &name(user), secret, 64);
+fn options_of(url: &str, user: u16, signer: &Signer) -> ClientOptions {
+    let mut options = demo_client(url, &name(user), signer, 64);
     // Kept from one connection to the next, as an application would on its device: nothing is handed out twice.
     options.checkpoint = Arc::new(MemoryCheckpoint::default());
     options.device = "demo".to_owned();

@@ -2,6 +2,7 @@
 
 use anyhow::bail;
 use sanjay_client::PurgeDeadLettersRequest;
+use serde_json::json;
 
 use super::{FilterArgs, letters, parse_id};
 use crate::{
@@ -26,6 +27,9 @@ pub(super) struct Args {
     /// Count them, and remove nothing
     #[arg(long)]
     dry_run: bool,
+    /// Print one line of JSON
+    #[arg(long)]
+    json: bool,
     #[command(flatten)]
     api: ApiArgs,
 }
@@ -48,6 +52,10 @@ impl Args {
         };
         let backend = self.api.connect().await?;
         let purged = backend.purge_dead_letters(request).await.map_err(explain)?;
+        if self.json {
+            let line = json!({ "purged": purged.purged, "more": purged.more, "dry_run": self.dry_run });
+            return output::line(&line.to_string());
+        }
         let count = letters(purged.purged);
         let more = if purged.more { " or more" } else { "" };
         let done = if self.dry_run { "would be removed; give --yes instead of --dry-run" } else { "removed" };

@@ -77,6 +77,9 @@ impl Args {
 }
 
 fn sentence(end: &RedriveDeadLettersResponse, dry_run: bool) -> String {
+    if dry_run && !end.problem.is_empty() {
+        return format!("0 of {} would be sent again: {}", letters(end.total), end.problem);
+    }
     if dry_run {
         return format!("{} would be sent again", letters(end.examined));
     }
@@ -133,5 +136,9 @@ mod tests {
             ..Default::default()
         };
         assert_eq!(sentence(&one, false), "0 of 1 dead letter sent again: it was sent again already, as x");
+        assert_eq!(
+            sentence(&one, true),
+            "0 of 1 dead letter would be sent again: it was sent again already, as x"
+        );
     }
 }

@@ -41,6 +41,8 @@ impl Ending {
 /// What a run of messages makes of its inbox, as far as it is planned.
 pub(super) struct Draft<'a> {
     inbox: &'a Inbox,
+    /// Whether acks wait that came before any message of the run but its first.
+    acks_wait: bool,
     /// What counts for the quotas after it: messages, and bytes of their payloads.
     held: u64,
     pub(super) held_bytes: i64,
@@ -75,11 +77,11 @@ struct Trial<'a> {
 }
 
 impl<'a> Draft<'a> {
-    pub(super) fn new(inbox: &'a Inbox) -> Self {
+    pub(super) fn new(inbox: &'a Inbox, acks_wait: bool) -> Self {
         let held = inbox.held();
         // An earlier build may have left another number.
         let held_bytes = if held == 0 { 0 } else { inbox.held_bytes };
-        Self { inbox, held, held_bytes, collapse: Vec::new(), ending: None, refused: Vec::new() }
+        Self { inbox, acks_wait, held, held_bytes, collapse: Vec::new(), ending: None, refused: Vec::new() }
     }
 
     /// Whether it brings the inbox near its quotas.
@@ -123,6 +125,10 @@ impl<'a> Draft<'a> {
                 (trial.held, trial.held_bytes, trial.ending) = (self.held, self.held_bytes, None);
             }
             Err(fit) => return fit,
+        }
+        if self.acks_wait && trial.ending.is_some() && seq > self.inbox.head + 1 {
+            // What it would end may be acknowledged already.
+            return Fit::Later;
         }
         let Trial { held, held_bytes, ending, .. } = trial;
         (self.held, self.held_bytes) = (held + 1, held_bytes.saturating_add_unsigned(size));

@@ -84,11 +84,13 @@ async fn count(database: &Database, channel: &str, change: i64) -> Result<Channe
     Ok(database.call(StoreOperation::Write, counting).await?.unwrap_or_default())
 }
 
-/// How many members a channel may be said to have after all: what was counted may be too much after calls that failed
-/// half-way.
-async fn recount(database: &Database, channel: &str, counted: i64) -> Result<i64, StoreError> {
+/// How many members a channel has after all: what was counted may be wrong after calls that failed half-way.
+pub(super) async fn recount(database: &Database, channel: &str, counted: i64) -> Result<i64, StoreError> {
     let members = database.members.count_documents(doc! { "c": channel, "s": { "$gt": 0_i64 } });
     let members = database.call(StoreOperation::Stats, members).await?.cast_signed();
+    if members == counted {
+        return Ok(members);
+    }
     let filter = doc! { "_id": channel, "members": counted };
     let update = doc! { "$set": { "members": members } };
     let model = update_of(database.channels.namespace(), filter, update, false);

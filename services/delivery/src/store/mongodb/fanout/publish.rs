@@ -24,6 +24,7 @@ use super::{
         gone, payloads,
     },
     OpenDoc, find, header,
+    members::recount,
 };
 use crate::{
     metrics::StoreOperation,
@@ -105,7 +106,7 @@ async fn accept(
     for pause in PAUSES_MS {
         let tried = attempt(database, &mut publication, key.as_ref()).await;
         match tried {
-            Ok(Some(numbered)) => return Ok(numbered),
+            Ok(Some(numbered)) => return Ok(counted(database, &publication.channel, numbered).await),
             Ok(None) => database.metrics.store_conflict(),
             // The next try looks whether it was done.
             Err(PublicationError::Store(error)) => {
@@ -160,6 +161,17 @@ async fn attempt(
         note_number(database, publication, key, numbered.number).await;
     }
     Ok(Some(numbered))
+}
+
+/// Counts the members anew, which is little beside what the publication asks for: calls that were cut off may have left a
+/// wrong number. What cannot be counted now stays as it was counted.
+async fn counted(database: &Database, channel: &str, numbered: Numbered) -> Numbered {
+    let counting = async {
+        let before = find(database, channel).await?.unwrap_or_default();
+        recount(database, channel, before.members).await
+    };
+    let members = counting.await.map_or(numbered.members, i64::cast_unsigned);
+    Numbered { members, ..numbered }
 }
 
 async fn members(database: &Database, channel: &str) -> Result<u64, StoreError> {

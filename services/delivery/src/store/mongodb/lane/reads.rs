@@ -9,7 +9,6 @@ use super::{
         append::{self, KeysBeside},
         documents::{BodiesDoc, InboxDoc, KeyDoc, bodies_between},
         inbox::{Inbox, Open},
-        work::Work,
     },
     Lane,
 };
@@ -22,7 +21,7 @@ impl Lane {
         for name in users {
             let Some(user) = self.users.get(name) else { continue };
             // Arming needs no knowledge.
-            if user.queue.iter().all(|queued| matches!(queued.work, Work::Arm(_))) {
+            if user.only_arms() {
                 continue;
             }
             let unanswered = user.unanswered.is_some();
@@ -69,7 +68,7 @@ impl Lane {
         let (mut ids, mut owners) = (Vec::new(), Vec::new());
         for name in users {
             let (Some(user), Some(inbox)) = (self.users.get(name), self.inboxes.get(name)) else { continue };
-            let keys = append::keys_to_look_for(name, &user.queue, inbox);
+            let keys = append::keys_to_look_for(name, &user.appends, inbox);
             if !keys.is_empty() {
                 owners.push(name.clone());
                 ids.extend(keys);

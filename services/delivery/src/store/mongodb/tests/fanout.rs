@@ -63,6 +63,24 @@ async fn a_payload_is_stored_once_for_all_members() {
     assert_eq!(read_all(&other, &user(7)).await.messages[0].payload, Some((*suite::text(&body)).clone()));
 }
 
+/// A count that a call left wrong when it was cut off is right again with the next publication.
+#[tokio::test]
+async fn members_are_counted_anew_with_a_publication() {
+    let case = Case::on(Mongo::shared().await).roomy();
+    let store = case.open().await;
+    join_many(&store, 3).await;
+    let channels = look(&case, "channels").await;
+    for wrong in [2_i64, -5] {
+        let update = doc! { "$inc": { "members": wrong } };
+        channels.update_one(doc! { "_id": "news" }, update).await.unwrap();
+        let id = wrong.unsigned_abs().into();
+        let numbered = store.publish_durable(publication(id, "body", "", &case.clock)).await.unwrap();
+        assert_eq!(numbered.members, 3);
+        let channel = channels.find_one(doc! { "_id": "news" }).await.unwrap().unwrap();
+        assert_eq!(channel.get_i64("members").unwrap(), 3);
+    }
+}
+
 /// A payload goes some time after the last message that refers to it, wherever that lies.
 #[tokio::test]
 async fn a_payload_goes_when_nothing_refers_to_it() {

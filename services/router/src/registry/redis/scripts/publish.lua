@@ -1,18 +1,14 @@
 -- Publishes to a channel, unless its dedupe key is known.
--- KEYS: the channel's state, its dedupe keys, its pub/sub name.
+-- KEYS: the channel's state, its dedupe keys, its pub/sub name, its history.
 -- ARGV: the name of a new epoch, the envelope without stamp, the encoded field `time_us` of the stamp, the dedupe
--- key or nothing, what is remembered under it.
+-- key or nothing, what is remembered under it, how many publications the channel keeps, for how many milliseconds.
 -- Answers {0, epoch, offset, whether the epoch is new} or {1, epoch, offset of the first, what is remembered}.
 local WINDOW_MS = @WINDOW_MS@
 local MOST_KEYS = @MOST_KEYS@
 
-local state, keys = KEYS[1], KEYS[2]
+local state, keys, log = KEYS[1], KEYS[2], KEYS[4]
 local dedupe_key = ARGV[4]
-
-local function now_ms()
-  local time = redis.call('TIME')
-  return time[1] * 1000 + math.floor(time[2] / 1000)
-end
+local size, ttl_ms = tonumber(ARGV[6]), tonumber(ARGV[7])
 
 -- Forgets the key with this number, which is the oldest.
 local function forget(number)
@@ -65,8 +61,18 @@ local function varint(number)
   return bytes .. string.char(number)
 end
 
-local epoch, top, opened = position(state, keys, ARGV[1])
-redis.call('PEXPIRE', state, IDLE_MS)
+-- Adds the newest publication to the history, of which it drops what is too much.
+local function keep(offset, envelope, is_kept)
+  if not is_kept then
+    redis.call('HSET', state, 'kept', 1)
+  end
+  local id = string.format('%.0f-%.0f', offset, now_ms())
+  redis.call('XADD', log, 'MAXLEN', size, id, 'e', envelope)
+  redis.call('PEXPIRE', log, ttl_ms)
+end
+
+local epoch, top, opened, kept = position(state, keys, log, ARGV[1])
+redis.call('PEXPIRE', state, size > 0 and math.max(IDLE_MS, ttl_ms) or IDLE_MS)
 local now
 if dedupe_key ~= '' then
   now = now_ms()
@@ -86,5 +92,13 @@ if dedupe_key ~= '' then
 end
 -- Field `stamp` of the envelope, which is shorter than 128 bytes: `epoch`, `offset`, `time_us`.
 local stamp = '\10' .. string.char(#epoch) .. epoch .. '\16' .. varint(top) .. ARGV[3]
-redis.call('@PUBLISH@', KEYS[3], ARGV[2] .. '\42' .. string.char(#stamp) .. stamp)
+local envelope = ARGV[2] .. '\42' .. string.char(#stamp) .. stamp
+if size > 0 then
+  keep(top, envelope, kept)
+elseif kept then
+  -- What comes back later must not continue behind a hole.
+  redis.call('HDEL', state, 'kept')
+  redis.call('DEL', log)
+end
+redis.call('@PUBLISH@', KEYS[3], envelope)
 return {0, epoch, top, opened}

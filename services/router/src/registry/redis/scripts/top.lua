@@ -1,6 +1,6 @@
 -- Where a channel stands; gives it state when it has none, and keeps that from expiring.
--- KEYS: the channel's state, its dedupe keys. ARGV: the name of a new epoch.
+-- KEYS: the channel's state, its dedupe keys, its history. ARGV: the name of a new epoch.
 -- Answers {epoch, newest offset, whether the epoch is new}.
-local epoch, top, opened = position(KEYS[1], KEYS[2], ARGV[1])
-redis.call('PEXPIRE', KEYS[1], IDLE_MS)
+local epoch, top, opened = position(KEYS[1], KEYS[2], KEYS[3], ARGV[1])
+keep_alive(KEYS[1])
 return {epoch, top, opened}
